@@ -1,0 +1,3 @@
+"""Preftune: from human feedback to an aligned language model."""
+
+__version__ = "0.1.0"
