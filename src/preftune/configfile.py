@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -61,7 +63,7 @@ class _Source:
         self._construct = yaml.constructor.construct_object
         try:
             node = yaml.compose(text)
-            self.value = None if node is None else self._plain(node, (), ())
+            self.value: Any = None if node is None else self._plain(node, (), ())
         except MarkedYAMLError as error:
             where = self._at(error.problem_mark) if error.problem_mark else name
             raise UserError(f"not valid YAML: {error.problem or error.context}", where=where, fix=_yaml_hint(error.problem)) from None
@@ -76,9 +78,9 @@ class _Source:
     def _plain(self, node: Node, key: Key, inside: tuple[Node, ...]) -> Any:
         if any(node is outer for outer in inside):
             raise UserError("an alias refers to the part that holds it", where=self._at(node.start_mark))
-        if isinstance(node, MappingNode) and node.tag.endswith(":map"):
+        if isinstance(node, MappingNode) and _tag(node) == "map":
             return self._mapping(node, key, (*inside, node))
-        if isinstance(node, SequenceNode) and node.tag.endswith(":seq"):
+        if isinstance(node, SequenceNode) and _tag(node) == "seq":
             return [self._item(item, (*key, i), (*inside, node)) for i, item in enumerate(node.value)]
         return self._scalar(node)
 
@@ -104,7 +106,7 @@ class _Source:
         self.places[key] = _Place(self._at(name.start_mark), self._at(value.start_mark), order)
 
     def _scalar(self, node: Node) -> Any:
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        kind = _tag(node)
         if not isinstance(node, ScalarNode) or kind not in ("str", "timestamp", "value", "null", "bool", "int", "float"):
             raise UserError(f"the tag {node.tag} is not allowed in a config", where=self._at(node.start_mark), fix="Write the plain value.")
         if kind in ("str", "timestamp", "value"):
@@ -161,8 +163,6 @@ def peek(path: Path, key: str) -> Any:
 
 def to_yaml(model: BaseModel) -> str:
     """The resolved config as YAML that `load` reads back to an equal model."""
-    from io import StringIO
-
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 10_000, False  # type: ignore[assignment]
     stream = StringIO()
@@ -176,7 +176,7 @@ def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _sources(kind: type[BaseModel], path: Path | None, overrides: Sequence[str], base: Mapping[str, Any]) -> Iterator[_Source]:
-    yield _Source(json.dumps(dict(base)), "defaults", 0, lambda line, column: "defaults")
+    yield _Source(json.dumps(dict(base)), "defaults", 0, partial(_always, "defaults"))
     if path is not None:
         yield _file(path)
     given: dict[str, str] = {}
@@ -188,7 +188,7 @@ def _sources(kind: type[BaseModel], path: Path | None, overrides: Sequence[str],
         if name in given:
             raise UserError(f"`{name}` is given twice, first as '{given[name]}'", where=where)
         given[name] = word
-        source = _Source(text, where, 2 + number, lambda line, column, where=where: where)
+        source = _Source(text, where, 2 + number, partial(_always, where))
         source.under(tuple(name.split(".")), _Place(where, where, (2 + number, 0, 0)))
         yield source
 
@@ -239,7 +239,10 @@ def _explain(kind: type[BaseModel], error: ValidationError, values: Any, places:
     grouped: dict[Key, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         grouped.setdefault(walk(kind, detail["loc"]), []).append(detail)
-    problems = [_describe(kind, key, details, places, source) for key, details in grouped.items()]
+    inner = [
+        key for key in grouped if not any(other[: len(key)] == key for other in grouped if other != key)
+    ]  # a list is not short of a bad item
+    problems = [_describe(kind, key, grouped[key], places, source) for key in inner or grouped]
     proposed = {p.key for p in problems if p.order != _LAST and p.key}
     problems = sorted((p for p in problems if p.order != _LAST or p.key not in proposed), key=lambda p: p.order)
     first, more = problems[0], len(problems) - 1
@@ -273,7 +276,7 @@ def _unknown(kind: type[BaseModel], key: Key, place: _Place) -> _Problem:
         section, _, inner = name.rpartition(".")
         return _Problem(place.order, place.key, f"unknown key `{leaf}`", f"In a file, write `{section}:` and under it `{inner}:`.", name)
     best = nearest_key(kind, key)
-    siblings = [k for k in everything if k.rpartition(".")[0] == _dotted(key[:-1])]
+    siblings = [k.rpartition(".")[2] for k in everything if k.rpartition(".")[0] == _dotted(key[:-1])]
     if best:
         fix = f"Did you mean `{best}`?"
     elif len(siblings) <= 12:
@@ -347,6 +350,14 @@ def _given(value: Any) -> str:
 
 def _dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
+
+
+def _always(where: str, line: int, column: int) -> str:
+    return where
+
+
+def _tag(node: Node) -> str:
+    return str(node.tag).removeprefix("tag:yaml.org,2002:")
 
 
 def _yaml_hint(trouble: str | None) -> str:

@@ -21,7 +21,7 @@ class Row:
     """One key of a config: its dotted name, what it may be, its default as YAML ("" where it must be given), and its doc."""
 
     key: str
-    type: str
+    holds: str
     default: str
     doc: str
     required: bool
@@ -51,7 +51,7 @@ def template(kind: type[BaseModel]) -> str:
         mark = "# " if row.key.startswith(off) and off else ""
         pad = mark + "  " * depth
         name = row.key.rpartition(".")[2]
-        lines += ([""] if depth == 0 and lines else []) + [f"{pad}# {row.doc} ({row.type})"]
+        lines += ([""] if depth == 0 and lines else []) + [f"{pad}# {row.doc} ({row.holds})"]
         if row.section is None or (row.default and not mark):
             lines.append(f"{pad}{name}: {row.default}".rstrip() + ("  # required" if row.required else ""))
         if row.section is not None and row.default == "null" and not mark:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 from pydantic.json_schema import GetJsonSchemaHandler
@@ -250,5 +250,4 @@ def run_config(knobs: type[BaseModel], defaults: dict[str, Any]) -> type[RunConf
     for name, value in defaults.items():
         general = RunConfig.model_fields[name]
         fields[name] = (general.rebuild_annotation(), Field(value, description=general.description))
-    kind = create_model("RunConfig", __base__=RunConfig, __module__=__name__, __doc__=RunConfig.__doc__, **fields)
-    return cast(type[RunConfig], kind)
+    return create_model("RunConfig", __base__=RunConfig, __module__=__name__, __doc__=RunConfig.__doc__, **fields)

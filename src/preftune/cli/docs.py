@@ -1,0 +1,114 @@
+"""Pages written from the code: `python -m preftune.cli.docs [ROOT]` rewrites docs/configuration.md and the methods in README.md."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from preftune.configschema import Row, keys
+from preftune.methods import METHODS
+from preftune.training.config import RunConfig, run_config
+
+CONFIGURATION = Path("docs/configuration.md")
+README = Path("README.md")
+_MARKED = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `python -m preftune.cli.docs`: change the descriptions in the code, not this page. -->
+
+A run is told everything by a YAML file, by `key=value` words on the command line, or both:
+
+```
+preftune train dpo model=smollm2 data=pairs.jsonl output=runs/dpo
+preftune train recipes/dpo.yaml lr=1e-6 method.beta=0.05
+```
+
+- `preftune config METHOD` prints a file with every key, its default and what it does; `preftune config CONFIG.yaml key=value`
+  prints the config that a command would run with; `--json-schema` prints a schema for editors.
+- A file that says `use: METHOD` needs no METHOD on the command line.
+- A key inside a section is written `section.key=value` on the command line. Such a word changes only the key it names.
+- Values are YAML: `lr=1e-5`, `data=[a.jsonl,b.jsonl]`, `eval_every=null`, `lora={rank: 8}`.
+- Nothing is guessed: an unknown key, a key given twice, a value of another type or an option that another one makes useless is an
+  error that names the file, line and column and the nearest right key. Exit code 2.
+"""
+
+
+def configuration_page() -> str:
+    """docs/configuration.md: every key of every method, and every command."""
+    parts = [_INTRODUCTION, "## Keys of every run\n\n" + _table(row for row in keys(RunConfig) if row.key != "method")]
+    parts += [_method_section(name, method) for name, method in METHODS.items()]
+    parts.append("## Commands\n\n" + "\n".join(f"- `preftune {name}`: {help}" for name, help in commands()) + "\n")
+    return "\n".join(parts)
+
+
+def methods_table() -> str:
+    """The methods as a Markdown table."""
+    lines = ["| method | title | needs | paper | summary |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| `{row[0]}` | " + " | ".join(cell.replace("|", "\\|") for cell in row[1:]) + " |" for row in method_rows()]
+    return "\n".join(lines) + "\n"
+
+
+def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
+    """Name, title, needs, paper and summary of each method, as words."""
+    for name, method in METHODS.items():
+        needs = ", ".join(sorted(str(need) for need in method.needs)) or "-"
+        yield name, method.title, needs, method.paper or "-", method.summary
+
+
+def with_methods(page: str) -> str:
+    """`page` with the methods table between its markers `<!-- methods -->` and `<!-- /methods -->`, where it has them."""
+    return _MARKED.sub(lambda match: match.group(1) + methods_table() + match.group(2), page)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every command of the command line, those of `data` too, with the first line of its help."""
+    from preftune.cli.data import app as data_app
+    from preftune.cli.main import app
+
+    for prefix, group in (("", app), ("data ", data_app)):
+        for command in group.registered_commands:
+            name = command.name or getattr(command.callback, "__name__", "").replace("_", "-")
+            yield prefix + name, (command.help or inspect.getdoc(command.callback) or "").partition("\n")[0]
+
+
+def _method_section(name: str, method: Any) -> str:
+    kind = run_config(method.knobs, method.defaults)
+    changed = [row for row in keys(kind) if row.key in method.defaults]
+    knobs = [row for row in keys(kind) if row.key.startswith("method.")]
+    defaults = ", ".join(f"`{row.key}: {row.default}`" for row in changed)
+    lines = [f"## `{name}`: {method.title}\n", f"{method.summary}\n"]
+    lines += [f"Its own defaults: {defaults}.\n"] if changed else []
+    lines += [_table(knobs) if knobs else "It has no knobs of its own.\n"]
+    return "\n".join(lines)
+
+
+def _table(rows: Any) -> str:
+    lines = ["| key | type | default | what it does |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{row.key}` | {_cell(row.holds)} | {_default(row)} | {_cell(row.doc)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _default(row: Row) -> str:
+    return "required" if row.required else f"`{row.default}`" if row.default else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main(root: Path) -> None:
+    """Rewrite the pages under `root`."""
+    (root / CONFIGURATION).parent.mkdir(exist_ok=True)
+    (root / CONFIGURATION).write_text(configuration_page(), encoding="utf-8")
+    readme = root / README
+    readme.write_text(with_methods(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
