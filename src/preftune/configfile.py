@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from preftune.configschema import closest, keys, nearest_key, optional, section_of, walk
+from preftune.configschema import as_yaml, closest, keys, nearest_key, optional, section_of, walk
 from preftune.errors import UserError
 
 Key = tuple[str | int, ...]
@@ -163,16 +162,21 @@ def peek(path: Path, key: str) -> Any:
 
 def to_yaml(model: BaseModel) -> str:
     """The resolved config as YAML that `load` reads back to an equal model."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 10_000, False  # type: ignore[assignment]
-    stream = StringIO()
-    yaml.dump(model.model_dump(mode="json"), stream)
-    return stream.getvalue()
+    return "".join(f"{line}\n" for line in _lines(model.model_dump(mode="json"), ""))
 
 
 def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """JSON Schema of a config, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
+
+
+def _lines(values: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{name}: {as_yaml(value)}"
 
 
 def _sources(kind: type[BaseModel], path: Path | None, overrides: Sequence[str], base: Mapping[str, Any]) -> Iterator[_Source]:

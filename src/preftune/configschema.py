@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+_BARE = re.compile(r"[a-z][a-z0-9_./-]*")
+_NOT_TEXT = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
+_ESCAPED = re.compile("[\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ufffe\\uffff]")
 _CLOSE_ENOUGH = 0.65
 
 
@@ -106,10 +110,10 @@ def closest(word: str, words: Iterable[str]) -> str | None:
 
 
 def as_yaml(value: Any) -> str:
-    """A default as one line of YAML: JSON, with plain words left bare."""
-    if isinstance(value, str) and value.replace("-", "").replace("_", "").isalpha() and value not in ("true", "false", "null"):
+    """A value as one line of YAML: JSON with plain words left bare and everything that YAML would fold or refuse escaped."""
+    if isinstance(value, str) and _BARE.fullmatch(value) and value not in _NOT_TEXT:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def type_words(annotation: Any) -> str:

@@ -148,7 +148,9 @@ def quickstart(output: Annotated[Path, typer.Option(help="Folder of the run.")] 
 
 
 @app.command(epilog=_examples("preftune chat runs/quickstart/dpo/final", "preftune chat smollm2"))
-def chat(model: Annotated[str, typer.Argument(help="A folder, a Hub id, a .gguf file, or smollm2.", show_default=False)]) -> None:
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file, or smollm2.", show_default=False)],
+) -> None:
     """Talk to a model."""
     from preftune.cli.chat import chat as run
 
@@ -156,7 +158,7 @@ def chat(model: Annotated[str, typer.Argument(help="A folder, a Hub id, a .gguf 
 
 
 @app.command(epilog=_examples("preftune report runs/dpo"))
-def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]) -> None:
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]) -> None:
     """Write a run's report.html again."""
     from preftune.cli.console import say
     from preftune.report.page import write
