@@ -1,0 +1,1 @@
+"""Models: loading and saving, tree attention, chunked log-probabilities, reward head, LoRA."""

@@ -1,0 +1,1 @@
+"""Pure losses: tensors in, (loss, metrics) out. Nothing here knows a model, a tokenizer, a config or a device."""

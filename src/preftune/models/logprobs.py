@@ -1,0 +1,104 @@
+"""Log-probabilities of chosen tokens from hidden states, without ever holding the logits of all positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 128 * 2**20
+"""Logits in flight at once, in fp32."""
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[target], chunk by chunk; the chunk is computed again in backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        compute: torch.dtype,
+    ) -> Tensor:
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        lse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        picked = torch.empty_like(lse)
+        w = weight.to(compute)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits, _ = _logits(hidden[part], w, bias, scale, softcap, compute)
+            lse[part] = torch.logsumexp(logits, dim=-1)
+            picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.options = (scale, softcap, compute, rows)
+        return picked - lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        scale, softcap, compute, rows = ctx.options
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=weight.device) if need_bias and bias is not None else None
+        w = weight.to(compute)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            h = hidden[part].to(compute)
+            logits, slope = _logits(h, w, bias, scale, softcap, compute)
+            g = grad[part, None].float()
+            d = logits.sub_(lse[part, None]).exp_().mul_(-g)
+            d.scatter_add_(1, targets[part, None], g)
+            if slope is not None:
+                d.mul_(slope)
+            if scale != 1.0:
+                d.mul_(scale)
+            if d_bias is not None:
+                d_bias += d.sum(0)
+            d = d.to(compute)
+            if d_hidden is not None:
+                d_hidden[part] = (d @ w).to(d_hidden.dtype)
+            if d_weight is not None:
+                if compute == torch.float32:
+                    d_weight.addmm_(d.T, h)
+                else:
+                    d_weight += d.T @ h
+        cast = lambda t, like: None if t is None else t.to(like.dtype)
+        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits [rows, V] and, with a soft cap, their slope with respect to the uncapped logits."""
+    logits = (hidden.to(compute) @ weight.T).float()
+    if bias is not None:
+        logits += bias.float()
+    if softcap is None:
+        return (logits if scale == 1.0 else logits.mul_(scale)), None
+    capped = torch.tanh(logits / softcap)
+    slope = 1 - capped.square()
+    return capped.mul_(softcap * scale), slope
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """[M] fp32 log-probabilities of `targets` [M] given `hidden` [M, D] and the LM head's `weight` [V, D].
+
+    Logits are `scale * cap(hidden @ weight.T + bias)`, cap(z) = softcap * tanh(z / softcap) where a soft cap is set; products run in
+    `compute`, softmax in fp32. Equals `log_softmax(...).gather(...)` in value and gradient.
+    """
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute)

@@ -1,0 +1,215 @@
+"""The one batch: a packed row of token trees, each prompt once and its N responses behind it, no padding anywhere.
+
+Legend: G prompts, N responses a prompt at most, R responses in all, T packed tokens, M response tokens (those that carry loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preftune.packing.chat import Tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the trees lie in the packed row: per tree the prompt's length and the lengths of its responses."""
+
+    trees: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each tree."""
+        return tuple(prompt + sum(responses) for prompt, responses in self.trees)
+
+    def rows(self) -> list[tuple[int, int, int, int]]:
+        """For each response: start and length of its prompt, start and length of itself, in the packed row."""
+        out, start = [], 0
+        for prompt, responses in self.trees:
+            at = start + prompt
+            for length in responses:
+                out.append((start, prompt, at, length))
+                at += length
+            start = at
+        return out
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a whole optimizer step holds, over all its micro-batches and processes: the denominators of every loss."""
+
+    tokens: int
+    responses: int
+    prompts: int
+
+    @staticmethod
+    def of(trees: Sequence[Tree]) -> Totals:
+        """Counts over these trees."""
+        return Totals(sum(t.response_tokens for t in trees), sum(len(t.responses) for t in trees), len(trees))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    input_ids: Tensor
+    """[T] packed tokens."""
+    position_ids: Tensor
+    """[T] a response token's position continues its prompt's."""
+    layout: Layout
+    predict: Tensor
+    """[M] packed index whose hidden state predicts the m-th response token."""
+    targets: Tensor
+    """[M] the response tokens."""
+    response: Tensor
+    """[M] index of each token's response in the flattened [G * N] grid."""
+    last: Tensor
+    """[R] packed index of each response's last token."""
+    cell: Tensor
+    """[R] index of each response in the flattened [G * N] grid."""
+    present: Tensor
+    """[G, N] False where a prompt has fewer than N responses."""
+    length: Tensor
+    """[G, N] response tokens, float."""
+    scores: Tensor
+    """[G, N] higher is better, NaN where nothing orders the response."""
+    preference: Tensor
+    """[G, N, N] how strongly i is preferred over j."""
+    token_weight: Tensor
+    """[M] weights of token losses: they sum to 1 over the whole step."""
+    prompt_weight: Tensor
+    """[G] weights of prompt losses: they sum to 1 over the whole step."""
+    ids: tuple[str, ...] = ()
+    reference_logp: Tensor | None = None
+    """[G, N] summed log-probability under the frozen reference, where the method needs it."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device."""
+        moved = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    def per_response(self, values: Tensor) -> Tensor:
+        """Sum [M] token values into [G, N], in fp32 or better."""
+        grid = torch.zeros(self.present.numel(), dtype=values.dtype, device=values.device)
+        return grid.index_add(0, self.response, values).view(self.present.shape)
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """Lay [R] values of responses on the [G, N] grid, zeros where there is no response."""
+        grid = torch.zeros(self.present.numel(), dtype=values.dtype, device=values.device)
+        return grid.index_put((self.cell,), values).view(self.present.shape)
+
+
+def by_token(trees: Sequence[Tree], totals: Totals) -> tuple[np.ndarray, np.ndarray]:
+    """Every response token of the step counts the same."""
+    tokens = sum(t.response_tokens for t in trees)
+    return np.full(tokens, 1.0 / max(totals.tokens, 1)), np.full(len(trees), 1.0 / max(totals.prompts, 1))
+
+
+def by_response(trees: Sequence[Tree], totals: Totals) -> tuple[np.ndarray, np.ndarray]:
+    """Every response of the step counts the same, long or short."""
+    weights = [np.full(len(r), 1.0 / len(r) / max(totals.responses, 1)) for t in trees for r in t.responses]
+    return np.concatenate(weights), np.full(len(trees), 1.0 / max(totals.prompts, 1))
+
+
+def by_prompt(trees: Sequence[Tree], totals: Totals) -> tuple[np.ndarray, np.ndarray]:
+    """Every prompt of the step counts the same, however many responses it has."""
+    weights = [np.full(len(r), 1.0 / len(r) / len(t.responses) / max(totals.prompts, 1)) for t in trees for r in t.responses]
+    return np.concatenate(weights), np.full(len(trees), 1.0 / max(totals.prompts, 1))
+
+
+Reduction = Callable[[Sequence[Tree], Totals], tuple[np.ndarray, np.ndarray]]
+
+
+def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Reduction = by_token) -> Batch:
+    """Pack trees into one row. `totals` are those of the whole step; by default this batch is the whole step."""
+    totals = totals or Totals.of(trees)
+    width = max(len(t.responses) for t in trees)
+    layout = Layout(tuple((len(t.prompt), tuple(len(r) for r in t.responses)) for t in trees))
+    ids, positions, predict, targets, response, last, cell = [], [], [], [], [], [], []
+    scores = np.full((len(trees), width), np.nan)
+    preference = np.zeros((len(trees), width, width))
+    length = np.zeros((len(trees), width))
+    at = 0
+    for g, tree in enumerate(trees):
+        p, n = len(tree.prompt), len(tree.responses)
+        if p == 0:
+            raise ValueError(f"record {tree.id} has an empty prompt: its first response token has nothing to be predicted from")
+        ids.append(tree.prompt)
+        positions.append(np.arange(p))
+        prompt_end = at + p - 1
+        at += p
+        for i, tokens in enumerate(tree.responses):
+            size = len(tokens)
+            ids.append(tokens)
+            positions.append(np.arange(p, p + size))
+            predict.append(np.concatenate([[prompt_end], np.arange(at, at + size - 1)]))
+            targets.append(tokens)
+            response.append(np.full(size, g * width + i))
+            at += size
+            last.append(at - 1)
+            cell.append(g * width + i)
+            length[g, i] = size
+        scores[g, :n] = tree.scores
+        preference[g, :n, :n] = tree.preference
+    token_weight, prompt_weight = reduction(trees, totals)
+    whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    return Batch(
+        input_ids=whole(ids),
+        position_ids=whole(positions),
+        layout=layout,
+        predict=whole(predict),
+        targets=whole(targets),
+        response=whole(response),
+        last=torch.tensor(last),
+        cell=torch.tensor(cell),
+        present=torch.from_numpy(length > 0),
+        length=torch.from_numpy(length).float(),
+        scores=torch.from_numpy(scores).float(),
+        preference=torch.from_numpy(preference).float(),
+        token_weight=torch.from_numpy(token_weight).float(),
+        prompt_weight=torch.from_numpy(prompt_weight).float(),
+        ids=tuple(t.id for t in trees),
+    )
+
+
+def microbatches(trees: Sequence[Tree], tokens_per_microbatch: int, processes: int = 1, rank: int = 0) -> list[list[int]]:
+    """Indices of `trees` for each micro-batch of this process: filled by tokens, longest first.
+
+    First-fit decreasing, so that a step that cannot fit in memory fails on its first micro-batch. A tree longer than the budget goes alone.
+    With several processes the same bins are made everywhere and dealt out by load; a process may get none.
+    """
+    order = sorted(range(len(trees)), key=lambda i: (-trees[i].tokens, i))
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    budget = tokens_per_microbatch
+    if processes > 1:
+        budget = min(budget, max(-(-sum(t.tokens for t in trees) // processes), max((t.tokens for t in trees), default=1)))
+    for index in order:
+        size = trees[index].tokens
+        for b, load in enumerate(loads):
+            if load + size <= budget:
+                bins[b].append(index)
+                loads[b] += size
+                break
+        else:
+            bins.append([index])
+            loads.append(size)
+    if processes == 1:
+        return bins
+    shares = [0] * processes
+    mine = []
+    for b in sorted(range(len(bins)), key=lambda b: (-loads[b], b)):
+        owner = min(range(processes), key=lambda r: (shares[r], r))
+        shares[owner] += loads[b]
+        if owner == rank:
+            mine.append(bins[b])
+    return mine

@@ -1,0 +1,243 @@
+"""Prompts and responses to token ids, by the rules of exactly one BOS, EOS on finished responses, and prompt ids as at inference.
+
+A response is never passed through the chat template: a template may strip or rewrite assistant turns (think blocks, spaces). It is the
+rendered prompt, as it stands at inference, then the response's own text, then the token that ends an assistant turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from preftune.errors import UserError
+from preftune.records import Example, Message
+
+log = logging.getLogger(__name__)
+
+_PROBE = "preftune0probe"
+_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tokenised record: one prompt, then N responses that each continue it.
+
+    `scores[n]` is higher for better responses (NaN where nothing orders them); `preference[i, j]` is how strongly people hold that
+    response i is better than j (1 and 0 for a strict pair, a probability for a soft one, 0 and 0 where nothing is known or it is a tie).
+    """
+
+    id: str
+    where: str
+    prompt: np.ndarray  # [P] int64
+    responses: tuple[np.ndarray, ...]  # N arrays of [R_n] int64, end-of-turn included where the response is finished
+    finished: tuple[bool, ...]
+    scores: np.ndarray  # [N] float64
+    preference: np.ndarray  # [N, N] float64
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this tree puts in a packed row."""
+        return len(self.prompt) + self.response_tokens
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(len(r) for r in self.responses)
+
+    def keep(self, indices: Sequence[int]) -> Tree:
+        """The same tree with only these responses, in this order."""
+        index = np.asarray(indices, dtype=int)
+        return replace(
+            self,
+            responses=tuple(self.responses[i] for i in indices),
+            finished=tuple(self.finished[i] for i in indices),
+            scores=self.scores[index],
+            preference=self.preference[np.ix_(index, index)],
+        )
+
+
+@dataclass
+class Tokenization:
+    """Trees, and why the records that gave none were dropped: len(trees) + sum(dropped.values()) == records in."""
+
+    trees: list[Tree] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_where: dict[str, list[str]] = field(default_factory=dict)
+    truncated_responses: int = 0
+    joined_apart: int = 0
+
+    def drop(self, reason: str, example: Example) -> None:
+        """Count a record that gives no tree, and remember where the first few stand."""
+        self.dropped[reason] += 1
+        places = self.dropped_where.setdefault(reason, [])
+        if len(places) < 5:
+            places.append(example.where or example.id)
+
+
+class ChatTokenizer:
+    """A model's tokenizer with the rules of this toolkit around it.
+
+    `turn_ends` are all ids that end an assistant turn; `turn_end` the one written after a finished response.
+    """
+
+    def __init__(self, tokenizer: Any, *, eos_ids: Iterable[int] = (), template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        if template is not None:
+            tokenizer.chat_template = template
+        self.has_template = bool(tokenizer.chat_template)
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self._special = set(tokenizer.all_special_ids)
+        self.turn_end = self._turn_end()
+        self.turn_ends = frozenset({self.turn_end, *eos_ids} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
+        self._adds_bos = self.bos_id is not None and tokenizer("a").input_ids[:1] == [self.bos_id]
+
+    def _turn_end(self) -> int:
+        """The special token that the template writes after an assistant turn, else EOS."""
+        if self.has_template:
+            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception as error:
+                raise UserError(f"the chat template failed on a plain user/assistant exchange: {error}", where="chat_template") from error
+            tail = self._encode(text.rpartition(_PROBE)[2])
+            for token in tail:
+                if token in self._special:
+                    return token
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no EOS token and its chat template ends an assistant turn with none, so a response could never end",
+                where="model",
+                fix="Set `eos_token` in the model's tokenizer_config.json.",
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def prompt_text(self, prompt: str | Sequence[Message]) -> str:
+        """The prompt as the model reads it, up to where its response begins. A plain string is used as it stands."""
+        if isinstance(prompt, str):
+            return prompt
+        if self.has_template:
+            messages = [{"role": m.role, "content": m.content} for m in prompt]
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return "".join(f"\n\n{_ROLES.get(m.role, m.role.title())}: {m.content}" for m in prompt) + "\n\nAssistant:"
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """At most one BOS, at position 0, where this tokenizer puts one at all; a lone EOS starts text for models without BOS."""
+        if self._adds_bos:
+            assert self.bos_id is not None
+            while ids[:1] == [self.bos_id]:
+                ids = ids[1:]
+            return [self.bos_id, *ids]
+        if not ids:
+            return [self.bos_id if self.bos_id is not None else self.turn_end]
+        return ids
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of the prompt exactly as used at inference."""
+        return self._with_bos(self._encode(self.prompt_text(prompt)))
+
+    def encode(self, example: Example, max_length: int | None) -> tuple[Tree | None, str, int, int]:
+        """One record to a tree.
+
+        Returns (tree or None, reason for None, responses truncated, responses whose first token would have merged with the prompt).
+        Truncation keeps the start; a truncated response gets no end-of-turn token.
+        """
+        try:
+            text = self.prompt_text(example.prompt)
+        except Exception as error:
+            message = f"the chat template refused this conversation: {error}"
+            raise UserError(message, where=example.where, fix="Check the order of roles.") from error
+        prompt_ids = self._encode(text)
+        prompt = self._with_bos(prompt_ids)
+        lead = len(prompt) - len(prompt_ids)
+        room = None if max_length is None else max_length - len(prompt)
+        if room is not None and room <= 0:
+            return None, "prompt_too_long", 0, 0
+        gap = " " if not self.has_template and not isinstance(example.prompt, str) else ""
+        responses, finished, cut, apart = [], [], 0, 0
+        for response in example.responses:
+            body = gap + response.text
+            joint = self._encode(text + body)
+            if lead >= 0 and joint[: len(prompt_ids)] == prompt_ids:
+                ids = joint[len(prompt_ids) :]
+            else:
+                ids, apart = self._encode(body), apart + 1
+            if response.finished:
+                ids = [*ids, self.turn_end]
+            done = response.finished
+            if room is not None and len(ids) > room:
+                ids, done, cut = ids[:room], False, cut + 1
+            responses.append(np.asarray(ids, dtype=np.int64))
+            finished.append(done)
+        if any(len(r) == 0 for r in responses):
+            return None, "no_response_tokens", cut, apart
+        scores = order_scores(example)
+        tree = Tree(
+            id=example.id,
+            where=example.where,
+            prompt=np.asarray(prompt, dtype=np.int64),
+            responses=tuple(responses),
+            finished=tuple(finished),
+            scores=scores,
+            preference=preference_matrix(example, scores),
+        )
+        return tree, "", cut, apart
+
+    def tokenize(self, examples: Iterable[Example], max_length: int | None) -> Tokenization:
+        """All records to trees; every record is in `trees` or counted in `dropped` under a named reason."""
+        result = Tokenization()
+        for example in examples:
+            tree, reason, cut, apart = self.encode(example, max_length)
+            result.truncated_responses += cut
+            result.joined_apart += apart
+            if tree is None:
+                result.drop(reason, example)
+            else:
+                result.trees.append(tree)
+        if result.joined_apart:
+            log.warning(
+                "%d responses were tokenised on their own, because joined with their prompt they would have changed the prompt's last token",
+                result.joined_apart,
+            )
+        return result
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of these ids, without special tokens unless asked."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+
+
+def order_scores(example: Example) -> np.ndarray:
+    """[N] scores that order the responses, higher is better: -rank where ranks are given, else the score, else NaN."""
+    responses = example.responses
+    if all(r.rank is not None for r in responses):
+        return np.array([-float(r.rank or 0) for r in responses])
+    if all(isinstance(r.score, (int, float)) for r in responses):
+        return np.array([float(r.score) for r in responses])  # type: ignore[arg-type]
+    if all(r.label is not None for r in responses):
+        return np.array([float(bool(r.label)) for r in responses])
+    return np.full(len(responses), np.nan)
+
+
+def preference_matrix(example: Example, scores: np.ndarray) -> np.ndarray:
+    """[N, N] from the comparisons people made where there are any, else every strict pair that the scores give."""
+    n = len(example.responses)
+    matrix = np.zeros((n, n))
+    if example.comparisons:
+        count = np.zeros((n, n))
+        for c in example.comparisons:
+            matrix[c.first, c.second] += c.outcome
+            matrix[c.second, c.first] += 1 - c.outcome
+            count[c.first, c.second] += 1
+            count[c.second, c.first] += 1
+        matrix = np.divide(matrix, count, out=matrix, where=count > 0)
+        matrix[matrix == matrix.T] = 0.0
+        return matrix
+    with np.errstate(invalid="ignore"):
+        return (scores[:, None] > scores[None, :]).astype(float)
