@@ -24,9 +24,9 @@ def own(row: Row) -> Example:
     try:
         found = _adapter().validate_python(dict(row))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise RowError("missing_field" if first["type"] == "missing" else "wrong_type", f"{place}: {first['msg']}") from None
+        deepest = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union, the branch that came nearest
+        place = ".".join(str(step) for step in deepest["loc"])
+        raise RowError("missing_field" if deepest["type"] == "missing" else "wrong_type", f"{place}: {deepest['msg']}") from None
     _check_references(found)
     return found
 
