@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["preftune.training.checkpoint", "preftune.training.rundir"])
+_context.set_forkserver_preload(["preftune.training.checkpoint", "preftune.training.rundir", "pytest", "hypothesis.strategies", "numpy"])
 
 
 def start(target: Callable[..., Any], *args: Any, failpoint: str = "") -> multiprocessing.process.BaseProcess:

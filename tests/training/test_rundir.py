@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.training.processes import run, start
 
 from preftune.errors import UserError
-from preftune.training import failpoints
+from preftune.training import durable, failpoints
 from preftune.training.manifest import RunManifest, Session, config_hash, read_manifest, redact
 from preftune.training.metrics import MetricsLog, read_metrics
 from preftune.training.rundir import RunDirectory
@@ -176,6 +176,43 @@ def test_killed_while_writing_it_the_manifest_is_the_old_or_the_new(tmp_path: Pa
     assert run(write_two, tmp_path, failpoint=f"{point}:kill") == -signal.SIGKILL
     found = read_manifest(tmp_path)
     assert found and found.status == status
+
+
+def test_a_file_is_replaced_in_the_order_that_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, events = tmp_path / "run.json", []
+    path.write_bytes(b"old")
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("fsync", target, target.is_file() and target.read_bytes(), path.read_bytes()))
+        real_fsync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(("replace", source, target))
+        real_replace(source, target)
+
+    monkeypatch.setattr(durable.os, "fsync", fsync)
+    monkeypatch.setattr(durable.os, "replace", replace)
+    durable.replace_file(path, b"new")
+    temporary = events[0][1]
+    assert events == [("fsync", temporary, b"new", b"old"), ("replace", temporary, path), ("fsync", tmp_path, False, b"new")]
+    assert temporary.parent == tmp_path and [one.name for one in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_directory_that_cannot_be_synced_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(durable.os, "fsync", fsync)
+    if number == errno.EIO:
+        with pytest.raises(OSError):
+            durable.sync_directory(tmp_path)
+    else:
+        durable.sync_directory(tmp_path)
+    with pytest.raises(OSError):
+        durable.sync_file(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', "\0\0"])

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,9 +53,9 @@ def sync_directory(path: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write `path` so that after any crash it holds either all of its old content or all of the new.
 
-    Raises OSError, with the old content in place and nothing left behind.
+    For one writer at a time (what a killed one leaves is overwritten by the next). Raises OSError, with the old content in place.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
