@@ -255,11 +255,16 @@ def test_overrides_name_themselves(refusal: Any, words: list[str], line: str) ->
 
 def test_an_override_on_a_bad_value_in_the_file_is_the_one_blamed(refusal: Any) -> None:
     assert refusal(GOOD + "betas: [0.9, x]\n", "betas=[y, 0.9]").startswith("override 'betas=[y, 0.9]': `betas.0`")
+    assert refusal(GOOD + "betas: [0.9, 0.99]\n", "betas=[0.9]") == "override 'betas=[0.9]': `betas` has too few values"
 
 
 def test_the_first_problem_in_reading_order_and_the_number_of_others(refusal: Any) -> None:
     line = refusal(GOOD + "seed: x\nlr: y\nbta: 1\n", "epochs=z")
     assert line == "c.yaml:4:7: `seed` must be a whole number, not the text 'x'. (and 3 more)"
+
+
+def test_a_list_with_a_bad_item_is_one_problem(refusal: Any) -> None:
+    assert refusal(GOOD, "data=[3]") == "override 'data=[3]': `data.path.0` must be text, not 3"
 
 
 def test_a_misspelt_required_key_is_one_problem_not_two(refusal: Any) -> None:

@@ -124,8 +124,8 @@ def type_words(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_words(argument) for argument in arguments)
     if origin in (tuple, list):
-        inner = [argument for argument in arguments if argument is not Ellipsis]
-        return f"list of {type_words(inner[0])}" if inner and len(set(inner)) == 1 else "list"
+        inner = {type_words(argument) for argument in arguments if argument is not Ellipsis}
+        return f"list of {inner.pop()}" if len(inner) == 1 else "list"
     if hasattr(annotation, "__metadata__"):
         return type_words(arguments[0])
     return "section" if _section(annotation) else _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))

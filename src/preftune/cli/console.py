@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def progress_console() -> Console:
     """The console of progress and notices: stderr, so that stdout can be piped."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
@@ -20,5 +24,7 @@ def say(text: str) -> None:
 
 def complain(message: str) -> None:
     """Print one red line `preftune: message` to stderr, never folded."""
+    from rich.console import Console
+
     line = " ".join(message.split())
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"preftune: {line}", style="red", markup=False)

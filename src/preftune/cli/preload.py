@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 SWITCH = "PREFTUNE_ALLOCATOR"
@@ -49,6 +48,8 @@ def environment(env: Mapping[str, str], library: Path) -> dict[str, str]:
 
 def allocator() -> Path | None:
     """The shared library of the `cmeel-mimalloc` wheel, or None where it is not installed."""
+    from importlib import metadata
+
     try:
         files = metadata.files("cmeel-mimalloc") or []
     except metadata.PackageNotFoundError:
