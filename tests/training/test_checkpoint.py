@@ -165,7 +165,7 @@ def test_a_failed_rotation_does_not_fail_the_save(
     monkeypatch.setenv("PREFTUNE_FAILPOINT", "checkpoint.rotating:raise-eio")
     save_step(tmp_path, 2, keep=1)
     assert_is_step(load_latest(tmp_path), 2)
-    assert "could not remove the old checkpoint" in caplog.text
+    assert "could not remove old checkpoints" in caplog.text
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -549,6 +549,8 @@ def test_after_a_power_cut_at_any_moment_a_whole_checkpoint_remains(tmp_path: Pa
     found_steps: set[int] = set()
 
     def allowed(rebuilt: Path) -> None:
+        for path in rebuilt.glob("step-*"):
+            load(path)  # no torn one under a real name, not even an old one that was being removed
         found = recover(rebuilt)
         assert found and found.step in {3, step} and found.problems == ()
         assert_is_step(found, found.step)

@@ -225,18 +225,18 @@ def _move_into_place(temporary: Path, final: Path) -> None:
 
 def _rotate(root: Path, newest: int, keep: int, protect: Collection[int]) -> None:
     mine = [step for step in saved_steps(root) if step <= newest]
-    for step in mine[:-keep]:
-        if step in protect:
-            continue
-        path = step_path(root, step)
-        doomed = root / f"{_TEMPORARY}{path.name}"
-        try:
-            os.rename(path, doomed)  # so that a kill in the middle never leaves half a checkpoint under its real name
+    doomed = [step_path(root, step) for step in mine[:-keep] if step not in protect]
+    try:
+        for path in doomed:  # renamed before they are emptied, so that no half checkpoint ever bears a real name
+            os.rename(path, root / f"{_TEMPORARY}{path.name}")
             failpoint("checkpoint.rotating")
-            shutil.rmtree(doomed)
-        except OSError as error:  # the new checkpoint is safe: no reason to end the run
-            _log.warning("could not remove the old checkpoint %s: %s", path, error)
-        failpoint("checkpoint.rotated")
+        if doomed:
+            sync_directory(root)
+        for path in doomed:
+            shutil.rmtree(root / f"{_TEMPORARY}{path.name}")
+            failpoint("checkpoint.rotated")
+    except OSError as error:  # the new checkpoint is safe: no reason to end the run
+        _log.warning("could not remove old checkpoints in %s: %s", root, error)
 
 
 def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
