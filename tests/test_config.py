@@ -315,6 +315,14 @@ def test_regression_34_contradictions(refusal: Any, words: list[str], reason: st
     assert reason in refusal(GOOD, *words)
 
 
+def test_regression_34_a_reference_for_a_method_without_one(load: Any, refusal: Any) -> None:
+    alone = run_config(Knobs, {}, reference=False)
+    for word in ("reference=base", "cache_reference=true"):
+        assert refusal(GOOD, word, kind=alone).startswith(f"override '{word}': `{word.partition('=')[0]}` has no effect")
+        load(GOOD, word)
+    load(GOOD, kind=alone)
+
+
 def test_the_same_options_without_the_contradiction(load: Any) -> None:
     words = ["eval_fraction=0.1", "eval_every=2", "best_metric=acc", "best_mode=max", "early_stopping={metric: acc, mode: max}"]
     assert load(GOOD, *words).early_stopping.mode == "max"

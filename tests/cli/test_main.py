@@ -32,9 +32,11 @@ PAIRS = SimpleNamespace(
     title="Pairs",
     paper="https://example.org/paper",
     summary="Learns from pairs.",
-    needs=("reference",),
+    needs="pairs",
     knobs=Knobs,
     defaults={"lr": 5e-7},
+    when="Always.",
+    reference=True,
 )
 WORDS = ["pairs", "model=m", "data=d", "output=o"]
 
@@ -170,8 +172,7 @@ def test_ctrl_c_is_130(fake: Any) -> None:
         (["trian"], "No such command 'trian'. Did you mean 'train'? See `preftune --help`."),
         (["train", "--lr", "3"], "No such option: --lr (settings are written key=value). See `preftune train --help`."),
         (["report"], "Missing argument 'RUN'. See `preftune report --help`."),
-        (["train", "pair", "model=m"], "there is no method 'pair'. Did you mean pairs?"),
-        (["train", "xyz"], "there is no method 'xyz'. The methods are pairs."),
+        (["train", "pair", "model=m"], "train: no method is called 'pair'. Did you mean pairs?"),
         (["train", *WORDS, "lr=fast"], "override 'lr=fast': `lr` must be a number, not the text 'fast'"),
         (["train", *WORDS, "bta=1"], "override 'bta=1': unknown key `bta`. Did you mean `method.beta`?"),
         (["check", "pairs", "gone.yaml"], "gone.yaml: there is no such file"),

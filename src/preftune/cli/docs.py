@@ -17,6 +17,8 @@ CONFIGURATION = Path("docs/configuration.md")
 README = Path("README.md")
 _MARKED = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 
+_ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+
 _INTRODUCTION = """\
 # Configuration
 
@@ -49,16 +51,17 @@ def configuration_page() -> str:
 
 def methods_table() -> str:
     """The methods as a Markdown table."""
-    lines = ["| method | title | needs | paper | summary |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| `{row[0]}` | " + " | ".join(cell.replace("|", "\\|") for cell in row[1:]) + " |" for row in method_rows()]
+    lines = ["| method | title | what each record needs | paper | what it does |", "| --- | --- | --- | --- | --- |"]
+    for name, title, needs, paper, summary in method_rows():
+        link = f"[{paper}](https://arxiv.org/abs/{paper})" if _ARXIV.fullmatch(paper) else paper
+        lines.append(f"| `{name}` | {_cell(title)} | {_cell(needs)} | {link} | {_cell(summary)} |")
     return "\n".join(lines) + "\n"
 
 
 def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
     """Name, title, needs, paper and summary of each method, as words."""
     for name, method in METHODS.items():
-        needs = ", ".join(sorted(str(need) for need in method.needs)) or "-"
-        yield name, method.title, needs, method.paper or "-", method.summary
+        yield name, method.title, method.needs, method.paper or "-", method.summary
 
 
 def with_methods(page: str) -> str:
@@ -78,11 +81,12 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 def _method_section(name: str, method: Any) -> str:
-    kind = run_config(method.knobs, method.defaults)
+    kind = run_config(method.knobs, method.defaults, reference=method.reference)
     changed = [row for row in keys(kind) if row.key in method.defaults]
     knobs = [row for row in keys(kind) if row.key.startswith("method.")]
     defaults = ", ".join(f"`{row.key}: {row.default}`" for row in changed)
-    lines = [f"## `{name}`: {method.title}\n", f"{method.summary}\n"]
+    lines = [f"## `{name}`: {method.title}\n", f"{_sentence(method.summary)} {method.when}\n", f"Each record needs {method.needs}.\n"]
+    lines += [] if method.reference else ["It has no reference model: `reference` and `cache_reference` are refused.\n"]
     lines += [f"Its own defaults: {defaults}.\n"] if changed else []
     lines += [_table(knobs) if knobs else "It has no knobs of its own.\n"]
     return "\n".join(lines)
@@ -90,12 +94,16 @@ def _method_section(name: str, method: Any) -> str:
 
 def _table(rows: Any) -> str:
     lines = ["| key | type | default | what it does |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{row.key}` | {_cell(row.holds)} | {_default(row)} | {_cell(row.doc)} |" for row in rows]
+    lines += [f"| `{row.key}` | {_cell(row.holds)} | {_default(row)} | {_cell(_sentence(row.doc))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _default(row: Row) -> str:
     return "required" if row.required else f"`{row.default}`" if row.default else ""
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def _cell(text: str) -> str:

@@ -121,7 +121,7 @@ def methods(markdown: Annotated[bool, typer.Option("--markdown", help="Print the
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "title", "needs", "paper", "summary")
+    table = Table("method", "title", "each record needs", "paper", "what it does")
     for row in docs.method_rows():
         table.add_row(*row)
     Console().print(table)
@@ -195,16 +195,11 @@ def parse(words: Sequence[str]) -> tuple[str, Path | None, list[str]]:
 
 def config_kind(name: str) -> type[RunConfig]:
     """The config type of a method. Raises UserError for an unknown name, with the nearest one."""
-    from preftune.configschema import closest
-    from preftune.methods import METHODS
+    from preftune.methods import find
     from preftune.training.config import run_config
 
-    if name not in METHODS:
-        near = closest(name, METHODS)
-        fix = f"Did you mean {near}?" if near else f"The methods are {', '.join(METHODS)}."
-        raise UserError(f"there is no method '{name}'", fix=fix)
-    method = METHODS[name]
-    return run_config(method.knobs, {**method.defaults, "use": name})
+    method = find(name)
+    return run_config(method.knobs, {**method.defaults, "use": name}, reference=method.reference)
 
 
 def resolve(words: Sequence[str]) -> tuple[str, RunConfig]:

