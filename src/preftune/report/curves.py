@@ -1,0 +1,99 @@
+"""Which curves a run's metrics make: known ones first and in words, everything else after them, nothing left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preftune.report.charts import Series, line_chart
+from preftune.report.words import title_of
+
+Row = Mapping[str, Any]
+
+HELD_OUT = {"train": "training", "eval": "held out"}
+NOT_METRICS = {"step", "kind", "nonfinite"}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One chart: the metrics that share it, and what to look for. `scale` divides, `main` curves are shown unasked."""
+
+    metrics: tuple[str, ...]
+    title: str
+    explain: str = ""
+    unit: str = ""
+    scale: float = 1.0
+    main: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawn curve."""
+
+    title: str
+    explain: str
+    svg: str
+    main: bool
+
+
+KNOWN = (
+    Curve(("loss",), "Loss", "What training lowers. Held-out loss that turns upwards is memorising.", main=True),
+    Curve(("perplexity",), "Perplexity", "How surprised the model is by the responses it should give: lower is better.", main=True),
+    Curve(("accuracy",), "Accuracy", "Share of pairs put in the order people put them; 0.5 is guessing.", main=True),
+    Curve(("margin",), "Margin", "How much higher the chosen response is rated than the rejected one.", main=True),
+    Curve(
+        ("chosen_reward", "rejected_reward"),
+        "Chosen and rejected",
+        "The gap is what is learnt. Both falling is common in DPO; the chosen one falling far is a warning.",
+        main=True,
+    ),
+    Curve(("kl",), "KL to the reference", "How far the policy has moved from where it began.", "nats", main=True),
+    Curve(("lr",), "Learning rate", "The schedule as it was applied."),
+    Curve(("grad_norm",), "Gradient norm", "Before clipping. Spikes point at odd records."),
+    Curve(("seconds",), "Time per step", "", "seconds"),
+    Curve(("tokens",), "Tokens per step", "", "tokens"),
+    Curve(("peak_memory",), "Peak memory", "", "GB", 1e9),
+)
+
+
+def figures(rows: Sequence[Row], run: str) -> list[Figure]:
+    """The charts of a run's metric rows; `run` names it for those who hear the chart rather than see it."""
+    return [
+        Figure(curve.title, curve.explain, _drawn(curve, lines, run), curve.main)
+        for curve in (*KNOWN, *_unknown(rows))
+        if (lines := list(_series(curve, rows)))
+    ]
+
+
+def numeric(rows: Sequence[Row], metric: str, kind: str = "train") -> list[tuple[int, float | None]]:
+    """(step, value) of every row of `kind` that has the metric; null where it was not finite."""
+    found = [(row["step"], row[metric]) for row in rows if row["kind"] == kind and metric in row and _is_number(row[metric])]
+    return found if any(value is not None for _, value in found) else []
+
+
+def _unknown(rows: Sequence[Row]) -> list[Curve]:
+    known = {metric for curve in KNOWN for metric in curve.metrics} | NOT_METRICS
+    names = dict.fromkeys(name for row in rows for name in row if name not in known)
+    return [Curve((name,), title_of(name)) for name in names]
+
+
+def _series(curve: Curve, rows: Sequence[Row]) -> Iterator[Series]:
+    for metric in curve.metrics:
+        for kind, words in HELD_OUT.items():
+            points = numeric(rows, metric, kind)
+            if points:
+                name = words if len(curve.metrics) == 1 else f"{metric.partition('_')[0]}, {words}"
+                steps, values = zip(*sorted(points, key=lambda point: point[0]))
+                yield Series(name, steps, [None if value is None else value / curve.scale for value in values])
+
+
+def _drawn(curve: Curve, lines: Sequence[Series], run: str) -> str:
+    positive = [y for line in lines for y in line.y if y is not None]
+    wide = min(positive) > 0 and max(positive) > 100 * sorted(positive)[len(positive) // 2]
+    return line_chart(lines, title=f"{curve.title} of {run}", y_label=curve.unit, log_y=wide)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
