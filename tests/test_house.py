@@ -180,9 +180,10 @@ def named(module: ast.Module, names: set[str], also_words: set[str] = frozenset(
     found = []
     for node in ast.walk(module):
         literals = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in names]
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node.subject] if isinstance(node, ast.Match) else []
         if isinstance(node, ast.Constant):
             found += [f"line {n.lineno}: {n.value!r}" for n in literals if n.value not in also_words]
-        elif isinstance(node, ast.Compare | ast.Match) and re.search(r"\b(use|\w*name|method)\b", ast.unparse(node).partition(":")[0]):
+        elif any(re.fullmatch(r"(.*\.)?(use|\w*name|method)", ast.unparse(side)) for side in sides):
             found += [f"line {n.lineno}: {n.value!r}" for n in literals if n.value in also_words]
     return found
 
@@ -198,7 +199,7 @@ def test_no_method_is_named_outside_methods() -> None:
 
 
 def test_a_method_s_name_is_seen() -> None:
-    code = "if config.use == 'dpo': pass\nmatch x:\n    case 'sft': pass\nrow['reward']\nmethod.name in ('reward', 'x')\nmodel == 'reward'"
+    code = "if config.use == 'dpo': pass\nmatch x:\n    case 'sft': pass\nrow['reward']\nmethod.name in ('reward', 'x')\nmethod.model == 'reward'"
     assert sorted(named(ast.parse(code), {"dpo", "sft", "reward"}, {"reward", "policy"})) == [
         "line 1: 'dpo'",
         "line 3: 'sft'",
