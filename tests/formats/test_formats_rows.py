@@ -155,7 +155,9 @@ def test_trl_preference_reasons(one, row: dict, reason: str) -> None:
     assert one(row) == reason
 
 
-@pytest.mark.parametrize(("written", "meant"), [(True, True), (1, True), ("true", True), ("False", False), (0, False), (0.0, False), ("1", True)])
+@pytest.mark.parametrize(
+    ("written", "meant"), [(True, True), (1, True), ("true", True), ("False", False), (0, False), (0.0, False), ("1", True)]
+)
 def test_kto_labels(one, written: Any, meant: bool) -> None:
     assert one({"prompt": "p", "completion": "c", "label": written}).responses[0].label is meant
 
@@ -165,7 +167,10 @@ def test_kto_bad_label(one) -> None:
 
 
 def test_messages_keep_every_assistant_turn_and_tools(one) -> None:
-    row = {"messages": [{"role": "system", "content": "s"}, user("a"), bot("<think>t</think>\nb"), user("c"), bot("d")], "tools": [{"name": "f"}]}
+    row = {
+        "messages": [{"role": "system", "content": "s"}, user("a"), bot("<think>t</think>\nb"), user("c"), bot("d")],
+        "tools": [{"name": "f"}],
+    }
     example = one(row)
     assert example.prompt == (S("s"), U("a"), A("<think>t</think>\nb"), U("c")) and texts(example) == ["d"]
     assert example.meta == {"tools": [{"name": "f"}]}
@@ -194,7 +199,9 @@ def test_text_parts_are_joined(one) -> None:
 
 
 def test_name_of_a_turn_goes_to_meta(one) -> None:
-    assert one({"messages": [{"role": "user", "content": "a", "name": "Ann"}, bot("b")]}).meta == {"turn_fields": [{"turn": 0, "name": "Ann"}]}
+    assert one({"messages": [{"role": "user", "content": "a", "name": "Ann"}, bot("b")]}).meta == {
+        "turn_fields": [{"turn": 0, "name": "Ann"}]
+    }
 
 
 # ---------------------------------------------------------------- Alpaca, ShareGPT
@@ -261,7 +268,9 @@ def test_paddlenlp_reasons(one, change: dict, reason: str) -> None:
     assert one({"src": ["q"], "tgt": [], "response": ["x", "y"], "sort": [1, 0]} | change) == reason
 
 
-@pytest.mark.parametrize(("row", "reason"), [({"src": ["a", "b"], "tgt": ["c"]}, "turns_mismatch"), ({"src": "a", "tgt": None}, "empty_response")])
+@pytest.mark.parametrize(
+    ("row", "reason"), [({"src": ["a", "b"], "tgt": ["c"]}, "turns_mismatch"), ({"src": "a", "tgt": None}, "empty_response")]
+)
 def test_paddlenlp_sft_reasons(one, row: dict, reason: str) -> None:
     assert one(row) == reason
 

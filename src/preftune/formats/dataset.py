@@ -127,7 +127,7 @@ def _recognised(source: Source, chosen: Format | None, limit: int | None) -> tup
     sound = [one.row for one in first if not isinstance(one.row, RowError)]
     if not sound and chosen is None:
         fault = first[0].row
-        raise UserError(f"none of the first {len(first)} rows can be read: {fault}", where=first[0].where, fix=_fix(fault.reason))
+        raise UserError(f"none of the first rows can be read: {fault}", where=first[0].where, fix=_fix(fault.reason))
     form = chosen or recognise(sound, source.name)
     return form, chain(first, rows)
 

@@ -168,7 +168,7 @@ def _parsed(line: bytes) -> Any:
 def as_row(value: Any) -> Any:
     """The value if it can be a row: an object whose strings are all Unicode text; else a RowError that says why not."""
     if not isinstance(value, dict):
-        return RowError("not_an_object", f"it is a {type(value).__name__}")
+        return RowError("not_an_object", f"found {type(value).__name__}")
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError:
