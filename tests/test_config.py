@@ -227,7 +227,7 @@ def test_a_word_like_no_key_gets_no_proposal(refusal: Any) -> None:
         (GOOD + "x: &a [*a]\n", "c.yaml:4:4: an alias refers to the part that holds it"),
         (GOOD + "lr: !!python/name:os.system x\n", "c.yaml:4:5: the tag tag:yaml.org,2002:python/name:os.system is not allowed"),
         (GOOD + "? [a, b]\n: 1\n", "c.yaml:4:3: a key must be a word"),
-        (GOOD + "lr: " + "[" * 5000 + "\n", "c.yaml"),
+        (GOOD + "lr: " + "[" * 1200 + "\n", "c.yaml"),
         ("a: \0\n", "c.yaml: not valid YAML"),
     ],
 )
@@ -307,7 +307,7 @@ def test_no_file_and_nothing_given() -> None:
         (["tokens_per_microbatch=512"], "override 'tokens_per_microbatch=512': `tokens_per_microbatch` (512) must be at least"),
         (
             ["eval_fraction=0.1", "eval_every=2", "best_metric=acc", "best_mode=max", "early_stopping.metric=acc"],
-            "override 'best_mode=max': `best_mode` is max but `early_stopping.mode` is min, for the same metric",
+            "override 'best_metric=acc': `best_metric` and `best_mode` differ from those of `early_stopping`",
         ),
     ],
 )

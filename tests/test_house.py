@@ -199,7 +199,8 @@ def test_no_method_is_named_outside_methods() -> None:
 
 
 def test_a_method_s_name_is_seen() -> None:
-    code = "if config.use == 'dpo': pass\nmatch x:\n    case 'sft': pass\nrow['reward']\nmethod.name in ('reward', 'x')\nmethod.model == 'reward'"
+    code = "if config.use == 'dpo': pass\nmatch x:\n    case 'sft': pass\n"
+    code += "row['reward']\nmethod.name in ('reward', 'x')\nmethod.model == 'reward'"
     assert sorted(named(ast.parse(code), {"dpo", "sft", "reward"}, {"reward", "policy"})) == [
         "line 1: 'dpo'",
         "line 3: 'sft'",

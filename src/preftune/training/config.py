@@ -156,7 +156,7 @@ class RunConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after the warmup.")
     warmup: Share = Field(0.03, description="Share of the steps in which the learning rate rises from 0.")
     min_lr_ratio: Share = Field(0.1, description="The learning rate at the end as a share of the peak.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="AdamW's decay rates of the two moments."
     )
@@ -169,7 +169,9 @@ class RunConfig(Section):
     save_every: Positive | None = Field(50, description="Steps between checkpoints; null saves only at the end and on a signal.")
     keep_checkpoints: Positive = Field(2, description="How many of the newest checkpoints to keep.")
     eval_every: Positive | None = Field(None, description="Steps between evaluations; null evaluates only at the end.")
-    early_stopping: EarlyStopping | None = Field(None, description="Stop when a metric no longer gets better.")
+    early_stopping: EarlyStopping | None = Field(
+        None, description="Stop when a metric no longer gets better; the checkpoint that is best by it is kept."
+    )
     best_metric: Text | None = Field(None, description="Keep the checkpoint that is best by this metric of the evaluations.")
     best_mode: Literal["min", "max"] = Field("min", description="Whether lower (min) or higher (max) is better for `best_metric`.")
     resume: Literal["auto", "never", "require"] = Field(
@@ -192,7 +194,6 @@ class RunConfig(Section):
         evaluates = self.eval_data is not None or self.eval_fraction > 0
         best = self.best_metric is not None
         stopping = self.early_stopping
-        same_metric = stopping is not None and stopping.metric == self.best_metric
         rules = (
             (
                 not self.has_reference and self.reference is not None,
@@ -222,9 +223,9 @@ class RunConfig(Section):
             (best and self.eval_every is None, "best_metric", "`best_metric` needs `eval_every` (and `eval_data` or `eval_fraction`)"),
             ("best_mode" in changed and not best, "best_mode", "`best_mode` has no effect without `best_metric`"),
             (
-                stopping is not None and same_metric and stopping.mode != self.best_mode,
-                "best_mode",
-                f"`best_mode` is {self.best_mode} but `early_stopping.mode` is {stopping and stopping.mode}, for the same metric",
+                stopping is not None and best and (stopping.metric, stopping.mode) != (self.best_metric, self.best_mode),
+                "best_metric",
+                "`best_metric` and `best_mode` differ from those of `early_stopping`, whose metric also chooses the best checkpoint",
             ),
             (
                 self.tokens_per_microbatch < self.max_length,
