@@ -108,15 +108,17 @@ def test_an_output_without_permission_is_refused_even_when_the_lock_file_is_writ
         parent.chmod(0o755)
     (tmp_path / ".lock").touch()
     (tmp_path / ".lock").chmod(0o666)
+    refused = [RunDirectory(path) for path in (tmp_path, tmp_path / "new")]
     os.seteuid(65534)
     try:
-        for path in (tmp_path, tmp_path / "new"):
-            with pytest.raises(UserError, match=r"Permission denied.*that you may write to"), RunDirectory(path):
+        for directory in refused:
+            with pytest.raises(UserError, match=r"Permission denied.*that you may write to"), directory:
                 pass
     finally:
         os.seteuid(0)
-    with RunDirectory(tmp_path):  # and the refused attempt let go of the lock
+    with RunDirectory(tmp_path):  # the refused attempt, still alive, let go of the lock
         pass
+    assert refused
 
 
 # ---- run.json

@@ -53,6 +53,19 @@ sys.exit(stop.exit_code)
 """
 
 
+OTHERS = """
+import signal, sys, time
+from preftune.training.signals import GracefulStop
+signal.signal(signal.SIGUSR1, lambda number, frame: None)
+with GracefulStop() as stop:
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1):
+        signal.raise_signal(number)
+        time.sleep(0.05)
+print("saved", flush=True)
+sys.exit(stop.exit_code)
+"""
+
+
 def start(script: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
@@ -90,6 +103,12 @@ def test_a_forked_worker_dies_of_sigterm_and_does_not_count_for_its_parent() -> 
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 130
+
+
+def test_other_signals_are_not_counted() -> None:
+    process, line = start(OTHERS)
+    process.communicate(timeout=10)
+    assert (line, process.returncode) == ("saved", 130)
 
 
 def test_handlers_and_the_wakeup_descriptor_are_restored() -> None:
