@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from preftune.configfile import Section
 from preftune.errors import UserError
 from preftune.objectives.likelihood import negative_log_likelihood
 from preftune.objectives.metrics import Metrics
@@ -21,10 +22,8 @@ from preftune.packing.batch import Batch, Reduction, by_prompt, by_token
 from preftune.packing.chat import Tree
 
 
-class Knobs(BaseModel):
+class Knobs(Section):
     """A method's own settings; the defaults are its paper's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ architecture takes it, else plain padded rows; both give hidden states at the sa
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 from preftune.models.attention import NAME as TREE
 from preftune.models.attention import TreePlan
 from preftune.models.logprobs import chunked_logprobs
-from preftune.packing.batch import Batch
+from preftune.errors import UserError
+from preftune.packing.batch import Batch, collate
+from preftune.packing.chat import Tree
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,17 @@ class Backbone(nn.Module):
         super().__init__()
         self.hf = model
         self.compute = compute
-        self.packed = packed and model.config._attn_implementation == TREE
+        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.use_packed(packed and model.config._attn_implementation == TREE)
+
+    def use_packed(self, packed: bool) -> None:
+        """Read batches as one packed row (tree attention) or as padded rows (the architecture's own attention)."""
+        self.packed = packed
+        config = self.hf.config.get_text_config()
+        own = "eager" if getattr(config, "attn_logit_softcapping", None) or not self.hf._supports_sdpa else "sdpa"
+        wanted = TREE if packed else own
+        if self.hf.config._attn_implementation != wanted:
+            self.hf.set_attn_implementation(wanted)
 
     @property
     def device(self) -> torch.device:
@@ -54,12 +69,9 @@ class Backbone(nn.Module):
                 )
                 return states.last_hidden_state[0]
             ids, mask, positions, index = padded_rows(batch)
-            states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **({"position_ids": positions} if self._positions else {}))
+            places = {"position_ids": positions} if self._takes_positions else {}
+            states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **places)
             return states.last_hidden_state.flatten(0, 1)[index]
-
-    @property
-    def _positions(self) -> bool:
-        return "position_ids" in self.hf.base_model.forward.__code__.co_varnames or not hasattr(self.hf.base_model, "build_alibi_tensor")
 
 
 def padded_rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,6 +131,8 @@ class LanguageModel(nn.Module):
 class RewardModel(nn.Module):
     """A backbone with a linear head, read at the last token of each response: the token is found from lengths, never from pad ids."""
 
+    head: nn.Linear
+
     def __init__(self, model: Any, *, head: nn.Linear | None = None, compute: torch.dtype = torch.float32, packed: bool = True) -> None:
         super().__init__()
         self.backbone = Backbone(model, compute=compute, packed=packed)
@@ -137,3 +151,77 @@ class RewardModel(nn.Module):
         """[G, N] fp32 rewards, 0 where there is no response."""
         states = self.backbone(batch).index_select(0, batch.last)
         return batch.on_grid(self.head(states.float()).squeeze(-1))
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest difference in hidden states, relative to their size, between two correct ways to compute them."""
+
+
+def probe_trees(vocabulary: int) -> list[Tree]:
+    """Two small trees of arbitrary tokens, on which two ways to read a batch can be compared."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(0, vocabulary, n)
+    shapes = ((7, (4, 2, 5)), (3, (6,)))
+    return [
+        Tree("probe", "", draw(p), tuple(draw(r) for r in rs), (True,) * len(rs), np.zeros(len(rs)), np.zeros((len(rs),) * 2))
+        for p, rs in shapes
+    ]
+
+
+def layout_gap(model: LanguageModel | RewardModel, trees: Sequence[Tree]) -> float:
+    """Largest difference between packed and padded hidden states, relative to the largest padded one. Leaves the layout as it was."""
+    batch = collate(trees).to(model.backbone.device)
+    before = model.backbone.packed
+    try:
+        with torch.no_grad():
+            model.backbone.use_packed(False)
+            padded = model.backbone(batch).float()
+            model.backbone.use_packed(True)
+            packed = model.backbone(batch).float()
+    finally:
+        model.backbone.use_packed(before)
+    return float((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-6))
+
+
+def settle_layout(model: LanguageModel | RewardModel) -> str | None:
+    """Keep the packed row where it gives this model's own numbers, else fall back to padded rows; returns the notice to show, if any.
+
+    Raises UserError where the log-probabilities differ from the model's own logits: its head does something this toolkit does not know.
+    """
+    trees = probe_trees(min(model.hf.config.get_text_config().vocab_size, 1000))
+    notice = None
+    if model.backbone.packed:
+        try:
+            gap = layout_gap(model, trees)
+            reason = f"packed and padded rows differ by {gap:.1e}" if not gap < TOLERANCE[model.backbone.compute] else None
+        except Exception as error:  # whatever an unknown architecture raises, padded rows still work
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        if reason:
+            model.backbone.use_packed(False)
+            notice = reason
+    else:
+        notice = "its attention does not go through transformers' attention interface"
+    if isinstance(model, LanguageModel):
+        _check_head(model, trees)
+    if notice:
+        notice = f"{type(model.hf).__name__} is read as padded rows instead of one packed row ({notice}): same numbers, more tokens."
+    return notice
+
+
+def _check_head(model: LanguageModel, trees: Sequence[Tree]) -> None:
+    batch = collate(trees[1:]).to(model.backbone.device)
+    with torch.no_grad():
+        ours = model(batch)
+        packed = model.backbone.packed
+        model.backbone.use_packed(False)
+        with model.backbone.precision():
+            logits = model.hf(input_ids=batch.input_ids[None], use_cache=False).logits[0].float()
+        model.backbone.use_packed(packed)
+    theirs = torch.log_softmax(logits, -1)[batch.predict, batch.targets]
+    gap = float((ours - theirs).abs().max())
+    if not gap < 20 * TOLERANCE[model.backbone.compute]:
+        raise UserError(
+            f"log-probabilities of {type(model.hf).__name__} differ by {gap:.2g} from its own logits: its output head is not supported",
+            where="model",
+            fix="Please report the architecture.",
+        )

@@ -138,6 +138,8 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     scores = np.full((len(trees), width), np.nan)
     preference = np.zeros((len(trees), width, width))
     length = np.zeros((len(trees), width))
+    known = all(t.reference is not None for t in trees)
+    reference = np.zeros((len(trees), width), dtype=np.float32)
     at = 0
     for g, tree in enumerate(trees):
         p, n = len(tree.prompt), len(tree.responses)
@@ -160,6 +162,8 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
             length[g, i] = size
         scores[g, :n] = tree.scores
         preference[g, :n, :n] = tree.preference
+        if known:
+            reference[g, :n] = tree.reference
     token_weight, prompt_weight = reduction(trees, totals)
     whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     return Batch(
@@ -178,6 +182,7 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
         token_weight=torch.from_numpy(token_weight).float(),
         prompt_weight=torch.from_numpy(prompt_weight).float(),
         ids=tuple(t.id for t in trees),
+        reference_logp=torch.from_numpy(reference) if known else None,
     )
 
 

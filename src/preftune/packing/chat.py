@@ -38,6 +38,7 @@ class Tree:
     finished: tuple[bool, ...]
     scores: np.ndarray  # [N] float64
     preference: np.ndarray  # [N, N] float64
+    reference: np.ndarray | None = None  # [N] float32, summed log-probabilities under the reference where they were computed before
 
     @property
     def tokens(self) -> int:
@@ -58,6 +59,7 @@ class Tree:
             finished=tuple(self.finished[i] for i in indices),
             scores=self.scores[index],
             preference=self.preference[np.ix_(index, index)],
+            reference=None if self.reference is None else self.reference[index],
         )
 
 

@@ -1,0 +1,41 @@
+"""LoRA through peft: adapters train, the frozen weights stay one copy, and the model with its adapter off is the reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from preftune.errors import UserError
+
+
+class Adapter:
+    """A LoRA adapter on a transformers model, which is changed in place."""
+
+    def __init__(self, model: Any, *, rank: int, alpha: float, dropout: float, targets: str | tuple[str, ...], task: str) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        wanted = targets if isinstance(targets, str) else list(targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, task_type=task, bias="none")
+        try:
+            self.peft = get_peft_model(model, config)
+        except ValueError as error:
+            names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+            raise UserError(f"no layer matches {targets}", where="lora.targets", fix=f"Layers are {', '.join(names)}.") from error
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without its adapter."""
+        with self.peft.disable_adapter():
+            yield
+
+    def save(self, path: Path) -> None:
+        """Write the adapter alone, for peft."""
+        self.peft.save_pretrained(str(path))
+
+    def merge(self) -> Any:
+        """Fold the adapter into the weights and return the plain model; the adapter is gone afterwards."""
+        return self.peft.merge_and_unload()

@@ -1,0 +1,167 @@
+"""Prove before step 1, on the user's own model and records, what must hold; each line passes or fails with its cause."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from preftune.errors import UserError
+from preftune.methods import METHODS
+from preftune.models.policy import TOLERANCE, LanguageModel, layout_gap
+from preftune.packing.batch import Totals, collate, microbatches
+from preftune.packing.chat import Tree
+from preftune.records import Example
+from preftune.training.config import RunConfig
+from preftune.training.distributed import World
+from preftune.training.setup import Setup, prepare
+
+FEW = 64
+"""Records looked at by the checks of a run; `preftune check` looks at all."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was checked."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def checks(setup: Setup, *, everything: bool) -> Iterator[Line]:
+    """Check lines in the order a run depends on them; the costly ones only when `everything` is asked for."""
+    trees = setup.train.trees
+    some = trees if everything else trees[:FEW]
+    yield Line("records", bool(trees), setup.train.sentence())
+    yield _one_bos(setup, some)
+    yield _turn_ends(setup, some)
+    yield _round_trip(setup, some)
+    yield _loss_carried(some)
+    shortest = sorted(trees, key=lambda t: t.tokens)[: 8 if everything else 2]
+    yield _layouts(setup, shortest)
+    yield _first_loss(setup, shortest)
+    if everything:
+        yield _longest_fits(setup)
+
+
+def _one_bos(setup: Setup, trees: Sequence[Tree]) -> Line:
+    bos = setup.tokenizer.bos_id
+    if bos is None or bos in setup.tokenizer.turn_ends or not setup.tokenizer._adds_bos:
+        return Line("one BOS", True, "this tokenizer puts no BOS of its own before a text")
+    for tree in trees:
+        count = int((tree.prompt == bos).sum()) + sum(int((r == bos).sum()) for r in tree.responses)
+        if count != 1 or tree.prompt[0] != bos:
+            return Line("one BOS", False, f"{tree.where}: {count} BOS tokens, the first token is {tree.prompt[0]}")
+    return Line("one BOS", True, f"exactly one, at position 0, in {len(trees)} records")
+
+
+def _turn_ends(setup: Setup, trees: Sequence[Tree]) -> Line:
+    end = setup.tokenizer.turn_end
+    for tree in trees:
+        for ids, finished in zip(tree.responses, tree.finished, strict=True):
+            if finished != (ids[-1] == end) and finished:
+                return Line("EOS on finished responses", False, f"{tree.where}: a finished response does not end with {end}")
+    text = setup.tokenizer.decode([end], special=True)
+    return Line("EOS on finished responses", True, f"{text!r} ends every finished response and carries loss; a cut response has none")
+
+
+def _round_trip(setup: Setup, trees: Sequence[Tree]) -> Line:
+    texts = {e.id: e for e in setup.train.examples}
+    tokenizer, odd = setup.tokenizer, 0
+    for tree in trees:
+        example: Example | None = texts.get(tree.id)
+        if example is None or len(example.responses) != len(tree.responses):
+            continue
+        for ids, finished, response in zip(tree.responses, tree.finished, example.responses, strict=True):
+            body = ids[:-1] if finished else ids
+            text = tokenizer.decode(body, special=True)
+            if finished and text.strip() != response.text.strip():
+                odd += 1
+                first = tree.where
+    if odd:
+        return Line("responses survive tokenising", False, f"{odd} responses decode to another text, for instance {first}")
+    return Line("responses survive tokenising", True, f"tokens decode to the response's own text in {len(trees)} records")
+
+
+def _loss_carried(trees: Sequence[Tree]) -> Line:
+    for tree in trees:
+        if tree.response_tokens == 0:
+            return Line("every record carries loss", False, f"{tree.where}: no token carries loss")
+    return Line("every record carries loss", True, f"{sum(t.response_tokens for t in trees):,} response tokens")
+
+
+def _layouts(setup: Setup, trees: Sequence[Tree]) -> Line:
+    model = setup.learner.model
+    if not model.backbone.packed:
+        return Line("packed = padded", True, "this model is read as padded rows; there is nothing to compare")
+    gap = layout_gap(model, trees)
+    return Line("packed = padded", gap < TOLERANCE[setup.compute], f"hidden states differ by {gap:.1e} on {len(trees)} real records")
+
+
+def _first_loss(setup: Setup, trees: Sequence[Tree]) -> Line:
+    learner, expected = setup.learner, setup.method.first_loss
+    found = learner.evaluate(list(trees))["loss"]
+    if not math.isfinite(found):
+        return Line("first loss", False, f"{found} on {len(trees)} records: the model's numbers are not finite")
+    if expected is None or setup.config.reference is not None:
+        return Line("first loss", True, f"{found:.4f}, finite")
+    cached = trees[0].reference is not None and setup.compute != torch.float32
+    good = abs(found - expected) < (1e-3 if cached else 1e-6)
+    return Line("first loss", good, f"{found:.7f}, theory says {expected:.7f}: policy and reference {'agree' if good else 'differ'}")
+
+
+def _longest_fits(setup: Setup) -> Line:
+    learner = setup.learner
+    ordered = sorted(setup.train.trees, key=lambda t: -t.tokens)[: setup.config.prompts_per_step]
+    part = [ordered[i] for i in microbatches(ordered, setup.config.tokens_per_microbatch)[0]]
+    try:
+        learner.model.train()
+        loss, _ = learner.loss(collate(part, Totals.of(part), setup.method.reduction).to(setup.world.device))
+        loss.backward()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return Line("the longest micro-batch fits", False, f"{sum(t.tokens for t in part)} tokens: {str(error).splitlines()[0][:160]}")
+    finally:
+        for parameter in learner.parameters.values():
+            parameter.grad = None
+    tokens = sum(t.tokens for t in part)
+    return Line("the longest micro-batch fits", True, f"forward and backward of {tokens} tokens in {len(part)} records")
+
+
+def show(line: Line, console: Console) -> None:
+    """Print a check line."""
+    mark = "[green]pass[/green]" if line.passed else "[red]FAIL[/red]"
+    from rich.markup import escape
+
+    console.print(f"{mark}  [bold]{escape(line.name)}[/bold]: {escape(line.detail)}", soft_wrap=True)
+
+
+def check(method_name: str, config: RunConfig, console: Console) -> bool:
+    """`preftune check`: all lines; True when every one passes."""
+    world = World.join(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    setup = prepare(method_name, config, world, console)
+    for notice in setup.notices:
+        console.print(notice, soft_wrap=True)
+    passed = True
+    for line in checks(setup, everything=True):
+        show(line, console)
+        passed &= line.passed
+    return passed
+
+
+def fast_check(setup: Setup, console: Console) -> None:
+    """The quick lines before a run; the first that fails stops it."""
+    for line in checks(setup, everything=False):
+        if not line.passed:
+            raise UserError(
+                f"check failed: {line.name}: {line.detail}",
+                fix=f"`preftune check {setup.method.name} ...` shows all lines.",
+            )
+
+
+__all__ = ["METHODS", "LanguageModel", "check", "checks", "fast_check", "show"]

@@ -1,0 +1,180 @@
+"""One optimizer step of any method: the only place where a loss meets an optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune.methods import Method, Outputs
+from preftune.models.policy import LanguageModel, RewardModel
+from preftune.objectives.metrics import Metrics
+from preftune.packing.batch import Batch, Totals, collate, microbatches
+from preftune.packing.chat import Tree
+from preftune.training.distributed import World
+from preftune.training.reference import Reference
+
+
+class Interrupted(Exception):
+    """A step was given up between micro-batches, before anything was changed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. `taken` is False where a non-finite loss or gradient kept the weights as they were."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    metrics: dict[str, float]
+    taken: bool
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a closed form of the step: warmup from 0, then constant, linear or cosine to a share of the peak."""
+
+    peak: float
+    total: int
+    warmup: float = 0.03
+    shape: str = "cosine"
+    floor: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        warm = math.ceil(self.warmup * self.total)
+        if step < warm:
+            return self.peak * (step + 1) / warm
+        if self.shape == "constant":
+            return self.peak
+        progress = min(1.0, (step - warm) / max(1, self.total - warm))
+        fall = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.peak * (self.floor + (1 - self.floor) * fall)
+
+
+def make_optimizer(parameters: dict[str, Tensor], *, weight_decay: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices only, as is usual."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+@dataclass
+class Learner:
+    """A model under training, blind to which method trains it."""
+
+    method: Method
+    knobs: Any
+    model: LanguageModel | RewardModel
+    world: World
+    tokens_per_microbatch: int
+    reference: Reference | None = None
+    optimizer: torch.optim.AdamW | None = None
+    schedule: Schedule | None = None
+    clip_norm: float = 1.0
+    parameters: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The method's loss and metrics on one micro-batch."""
+        reference = batch.reference_logp
+        if self.method.reference and reference is None:
+            assert self.reference is not None
+            reference = self.reference(batch)
+        if isinstance(self.model, RewardModel):
+            out = Outputs(rewards=self.model(batch))
+        else:
+            out = Outputs(token_logp=self.model(batch), reference_logp=reference)
+        return self.method.loss(out, batch, self.knobs)
+
+    def step(self, trees: Sequence[Tree], index: int, give_up: Callable[[], bool] = lambda: False) -> Step:
+        """Optimizer step `index` on the records of `trees`; with several processes each computes its share.
+
+        `give_up` is asked between micro-batches; when it says so, gradients are dropped and Interrupted is raised.
+        """
+        assert self.optimizer is not None and self.schedule is not None
+        self.model.train()  # for gradient checkpointing and an adapter's dropout: the model's own dropout is 0
+        sums: dict[str, float] = {}
+        for batch in self._batches(trees):
+            if give_up():
+                self.optimizer.zero_grad(set_to_none=True)
+                raise Interrupted
+            loss, metrics = self.loss(batch)
+            if loss.isfinite():
+                loss.backward()
+            _add(sums, loss, metrics)
+        sums = self.world.sum_numbers(sums)
+        self.world.sum_gradients(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        lr = self.schedule(index)
+        taken = bool(norm.isfinite()) and math.isfinite(sums["loss"])
+        if taken:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        ids = tuple(t.id for t in trees)
+        return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids)
+
+    @torch.no_grad()
+    def evaluate(self, trees: Sequence[Tree], on_batch: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+        """Loss and metrics over all of `trees`, without gradient, weighted exactly as in one large step."""
+        self.model.eval()
+        sums: dict[str, float] = {}
+        done = 0
+        for batch in self._batches(trees):
+            _add(sums, *self.loss(batch))
+            done += len(batch.ids)
+            on_batch(done)
+        sums = self.world.sum_numbers(sums)
+        return {"loss": sums["loss"], **_means(sums)}
+
+    def _batches(self, trees: Sequence[Tree]) -> Iterator[Batch]:
+        totals = Totals.of(trees)
+        for part in microbatches(trees, self.tokens_per_microbatch, self.world.size, self.world.rank):
+            yield collate([trees[i] for i in part], totals, self.method.reduction).to(self.world.device)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint must hold of the model and the optimizer, by name."""
+        assert self.optimizer is not None
+        state = {
+            f"{name}/{key}": value for name, p in self.parameters.items() for key, value in sorted(self.optimizer.state.get(p, {}).items())
+        }
+        return {"model": dict(self.parameters), "optimizer": state}
+
+    @torch.no_grad()
+    def restore(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        assert self.optimizer is not None
+        if model.keys() != self.parameters.keys():
+            odd = sorted(model.keys() ^ self.parameters.keys())[:3]
+            raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(odd)}")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(model[name])
+        self.optimizer.state.clear()
+        for name, value in optimizer.items():
+            owner, _, key = name.rpartition("/")
+            parameter = self.parameters[owner]
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _add(sums: dict[str, float], loss: Tensor, metrics: Metrics) -> None:
+    sums["loss"] = sums.get("loss", 0.0) + loss.item()
+    for name, (numerator, denominator) in metrics.items():
+        sums[f"{name}/above"] = sums.get(f"{name}/above", 0.0) + numerator.item()
+        sums[f"{name}/below"] = sums.get(f"{name}/below", 0.0) + denominator.item()
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    names = [key.removesuffix("/above") for key in sums if key.endswith("/above")]
+    return {name: sums[f"{name}/above"] / sums[f"{name}/below"] if sums[f"{name}/below"] else float("nan") for name in names}

@@ -1,0 +1,72 @@
+"""Log-probabilities under the frozen reference: from a second model, from the policy without its adapter, or from a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from preftune.models.policy import LanguageModel
+from preftune.packing.batch import Batch, collate, microbatches
+from preftune.packing.chat import Tree
+
+Reference = Callable[[Batch], Tensor]
+"""A batch to [G, N] summed log-probabilities, without gradient."""
+
+
+def live_reference(model: LanguageModel, without: Callable[[], AbstractContextManager[None]] = nullcontext) -> Reference:
+    """The reference computed as training goes; `without` switches the policy's adapter off where policy and reference are one model."""
+
+    def logp(batch: Batch) -> Tensor:
+        with torch.no_grad(), without():
+            return batch.per_response(model(batch))
+
+    return logp
+
+
+def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int, device: torch.device) -> Iterator[int]:
+    """Compute the reference once for all trees and keep it in `file`; yields how many trees are done, and ends when the file is there.
+
+    Log-probabilities are computed in other packings than in training, so they agree with a live reference up to rounding only.
+    """
+    if file.exists():
+        yield len(trees)
+        return
+    values = [np.zeros(len(t.responses), dtype=np.float32) for t in trees]
+    done = 0
+    for part in microbatches(trees, budget):
+        grid = reference(collate([trees[i] for i in part]).to(device)).float().cpu().numpy()
+        for row, index in enumerate(part):
+            values[index] = grid[row, : len(values[index])]
+        done += len(part)
+        yield done
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    save_file({"logp": torch.from_numpy(np.concatenate(values))}, temporary)
+    os.replace(temporary, file)
+
+
+def attach(trees: Sequence[Tree], file: Path) -> list[Tree]:
+    """The trees with their cached reference log-probabilities."""
+    flat = load_file(file)["logp"].numpy()
+    ends = np.cumsum([len(t.responses) for t in trees])
+    if len(flat) != (ends[-1] if len(ends) else 0):
+        raise ValueError(f"{file} holds {len(flat)} log-probabilities for {ends[-1]} responses")
+    return [replace(t, reference=flat[end - len(t.responses) : end]) for t, end in zip(trees, ends, strict=True)]
+
+
+def cache_key(trees: Sequence[Tree], model: str, precision: torch.dtype) -> str:
+    """A name for these tokens under this model in this precision: another model, token or format gives another name."""
+    digest = hashlib.sha256(f"{model} {precision}".encode())
+    for tree in trees:
+        for ids in (tree.prompt, *tree.responses):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,336 @@
+"""A training run from config to final model: resumable at any moment, never losing what was done."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from preftune.errors import NonFiniteError
+from preftune.models.save import save_model
+from preftune.packing.order import Cursor, steps_per_epoch
+from preftune.training import checkpoint
+from preftune.training.check import fast_check
+from preftune.training.config import RunConfig
+from preftune.training.distributed import World
+from preftune.training.failpoints import failpoint
+from preftune.training.learner import Interrupted, Schedule, Step, make_optimizer
+from preftune.training.loop import Position, fit
+from preftune.training.manifest import RunManifest, Session
+from preftune.training.progress import Meter, meter
+from preftune.training.rundir import RunDirectory
+from preftune.training.setup import Setup, cache_reference, prepare
+from preftune.training.signals import GracefulStop
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = frozenset({"output", "resume", "save_every", "keep_checkpoints", "threads", "device", "tokens_per_microbatch"})
+"""Config keys that a resumed run may give another value: they change no result beyond rounding."""
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes; on a GPU, of its allocations."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+@dataclass
+class Progress:
+    """What a run must remember besides weights, optimizer, random states and data position."""
+
+    bad_steps: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    tokens: int = 0
+
+
+@dataclass
+class Run:
+    """A run under way, in the process that may write (or in another one of the same world, which writes nothing)."""
+
+    setup: Setup
+    directory: RunDirectory | None
+    console: Console
+    stop: GracefulStop
+    position: Position = field(default_factory=Position)
+    progress: Progress = field(default_factory=Progress)
+    saved_step: int = -1
+    rng: dict[str, Any] = field(default_factory=checkpoint.rng_state)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.setup.config
+
+    def plan(self) -> int:
+        """Optimizer steps of the whole run; makes the optimizer and its schedule."""
+        config, learner = self.config, self.setup.learner
+        total = steps_per_epoch(len(self.setup.train.trees), config.prompts_per_step) * config.epochs
+        total = min(total, config.max_steps or total)
+        learner.optimizer = make_optimizer(learner.parameters, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps)
+        learner.schedule = Schedule(config.lr, total, config.warmup, config.schedule, config.min_lr_ratio)
+        return total
+
+    def restore(self) -> None:
+        """Go back to the newest whole checkpoint, or to the start where there is none."""
+        assert self.directory is not None or not self.setup.world.first
+        world = self.setup.world
+        path = Path(self.config.output) / "checkpoints"
+        found = checkpoint.recover(path) if world.first else None
+        step = world.share(found.step if found else None)
+        if step is None:
+            if self.directory:
+                self.directory.metrics.truncate(-1)
+            return
+        found = found or checkpoint.load(checkpoint.step_path(path, step))
+        for problem in found.problems:
+            self.console.print(f"[yellow]{problem}; the checkpoint before it is used[/yellow]", soft_wrap=True)
+        self.setup.learner.restore(found.tensors("model"), found.tensors("optimizer"))
+        self.position = Position(step, Cursor(**found.state["cursor"]))
+        self.progress = Progress(**found.state["progress"])
+        self.saved_step = step
+        self.rng = found.state["rng"]
+        checkpoint.restore_rng(self.rng)
+        if self.directory:
+            self.directory.metrics.truncate(step)
+        self.console.print(f"Resuming after step {step}.")
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed step, if there is none yet."""
+        if self.saved_step == self.position.step:
+            return
+        if self.directory is not None:
+            self.directory.metrics.sync()
+            state = {"cursor": asdict(self.position.cursor), "progress": asdict(self.progress), "rng": self.rng}
+            best = {self.progress.best_step} if self.progress.best_step is not None else set()
+            checkpoint.save(
+                self.directory.checkpoints,
+                self.position.step,
+                self.setup.learner.tensors(),
+                state,
+                keep=self.config.keep_checkpoints,
+                protect=best,  # type: ignore[arg-type]
+            )
+        self.saved_step = self.position.step
+
+    def log_step(self, step: Step, seconds: float) -> None:
+        """Add the step's row to the metrics."""
+        self.progress.tokens += step.tokens
+        if self.directory is None:
+            return
+        row = {
+            "loss": step.loss,
+            **step.metrics,
+            "lr": step.lr,
+            "grad_norm": step.grad_norm,
+            "tokens": step.tokens,
+            "tokens_seen": self.progress.tokens,
+            "taken": step.taken,
+            **({} if step.taken else {"records": list(step.ids)}),
+            "seconds": round(seconds, 4),
+            "peak_memory": peak_memory(),
+        }
+        self.directory.metrics.append(self.position.step, "train", row)
+
+    def evaluate(self) -> bool:
+        """Evaluate, log, and remember the best; True when early stopping says to stop."""
+        held, config, progress = self.setup.held_out, self.config, self.progress
+        if held is None:
+            return False
+        start = time.monotonic()
+        with meter(self.console, f"evaluation at step {self.position.step}", len(held.trees)) as shown:
+            found = self.setup.learner.evaluate(held.trees, shown.at)
+        if self.directory is not None:
+            seconds = {"seconds": round(time.monotonic() - start, 4), "peak_memory": peak_memory()}
+            self.directory.metrics.append(self.position.step, "eval", {**found, "records": len(held.trees), **seconds})
+        stopping = config.early_stopping
+        name = stopping.metric if stopping else config.best_metric
+        if name is None:
+            return False
+        if name not in found:
+            from preftune.errors import UserError
+
+            where = "early_stopping.metric" if stopping else "best_metric"
+            raise UserError(f"evaluation gives no metric {name!r}", where=where, fix=f"It gives {', '.join(found)}.")
+        mode, least = (stopping.mode, stopping.min_delta) if stopping else (config.best_mode, 0.0)
+        gain = math.inf if progress.best_value is None else (found[name] - progress.best_value) * (1 if mode == "max" else -1)
+        if gain > least:
+            progress.best_value, progress.best_step, progress.evaluations_without_gain = found[name], self.position.step, 0
+        else:
+            progress.evaluations_without_gain += 1
+        return stopping is not None and progress.evaluations_without_gain >= stopping.patience
+
+    def train(self, total: int, shown: Meter) -> bool:
+        """All steps that are left; False when a signal asked to stop before the end."""
+        config, world = self.config, self.setup.world
+        give_up: Callable[[], bool] = lambda: world.size == 1 and self.stop.requested is not None
+        start = time.monotonic()
+        if self.position.step == 0 and self.saved_step < 0 and config.eval_every:
+            self.evaluate()
+        try:
+            for self.position, step in fit(
+                self.setup.learner,
+                self.setup.train.trees,
+                prompts_per_step=config.prompts_per_step,
+                epochs=config.epochs,
+                max_steps=total,
+                seed=config.seed,
+                start=self.position,
+                give_up=give_up,
+            ):
+                self.rng = checkpoint.rng_state()
+                failpoint("step")
+                self.log_step(step, time.monotonic() - start)
+                self._guard(step)
+                shown.at(self.position.step, f"loss {step.loss:.4f}, {step.tokens / max(1e-9, time.monotonic() - start):.0f} tok/s")
+                last = self.position.step == total
+                if (config.eval_every and self.position.step % config.eval_every == 0) or last:
+                    self.progress.stopped_early = self.evaluate() and not last
+                if world.any(self.stop.requested is not None):
+                    self.save()
+                    return False
+                best_now = self.progress.best_step == self.position.step
+                if last or best_now or self.progress.stopped_early or (config.save_every and self.position.step % config.save_every == 0):
+                    self.save()
+                if self.progress.stopped_early:
+                    self.console.print(f"Stopped early at step {self.position.step}: no gain in {config.early_stopping}.")  # type: ignore[str-bytes-safe]
+                    break
+                start = time.monotonic()
+        except Interrupted:
+            checkpoint.restore_rng(self.rng)
+            self.save()
+            return False
+        return True
+
+    def _guard(self, step: Step) -> None:
+        if step.taken:
+            return
+        self.progress.bad_steps += 1
+        self.console.print(
+            f"[yellow]step {self.position.step}: loss {step.loss}, gradient norm {step.grad_norm}: not taken; "
+            f"records {', '.join(step.ids[:8])}{' ...' if len(step.ids) > 8 else ''}[/yellow]",
+            soft_wrap=True,
+        )
+        if self.progress.bad_steps > self.config.max_bad_steps:
+            self.save()
+            raise NonFiniteError(
+                f"{self.progress.bad_steps} steps gave a non-finite loss or gradient (max_bad_steps={self.config.max_bad_steps}); "
+                f"weights are those of the last good step; the records are in {self.config.output}/metrics.jsonl. Try a lower lr."
+            )
+
+    def finish(self) -> None:
+        """Write the final model: the best one where early stopping chose it, else the last."""
+        if self.directory is None:
+            return
+        best = self.progress.best_step
+        if self.config.early_stopping and best is not None and best != self.position.step:
+            found = checkpoint.load(checkpoint.step_path(self.directory.checkpoints, best))
+            self.setup.learner.restore(found.tensors("model"), found.tensors("optimizer"))
+        self.setup.learner.model.eval()
+        save_model(self.setup.learner.model, self.setup.tokenizer, self.directory.final, adapter=self.setup.adapter)
+
+
+def opening(setup: Setup, total: int) -> str:
+    """What is about to happen, as a sentence or two."""
+    config, trees = setup.config, setup.train.trees
+    processes = f" over {setup.world.size} processes" if setup.world.size > 1 else ""
+    weights = sum(p.numel() for p in setup.learner.parameters.values())
+    return (
+        f"{setup.method.title} of {setup.source.name}: {total} steps of {config.prompts_per_step} prompts{processes}, "
+        f"at most {config.tokens_per_microbatch} tokens through the model at once, on {len(trees)} records "
+        f"({sum(t.tokens for t in trees):,} tokens, {sum(t.response_tokens for t in trees):,} of them in responses); "
+        f"{weights / 1e6:.1f}M weights train, {str(setup.compute).removeprefix('torch.')} on {setup.world.device.type}."
+    )
+
+
+def train(method_name: str, config: RunConfig, console: Console) -> int:
+    """`preftune train`: run to the end, or to a signal. Returns the exit code; the run directory holds everything else."""
+    world = World.join(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if not world.first:
+        console = Console(quiet=True)
+    with ExitStack() as stack:
+        stack.callback(world.leave)
+        directory = stack.enter_context(RunDirectory(Path(config.output))) if world.first else None
+        setup = prepare(method_name, config, world, console)
+        for notice in setup.notices:
+            console.print(f"[yellow]{notice}[/yellow]", soft_wrap=True)
+        console.print(setup.train.sentence(), soft_wrap=True)
+        if setup.held_out:
+            console.print(f"Held out: {setup.held_out.sentence()}", soft_wrap=True)
+        manifest, decision = _manifest(setup, directory)
+        decision = world.share(decision)
+        if decision == "finished":
+            console.print(f"This run is finished: its model is in {config.output}/final.")
+            return 0
+        if directory is not None and manifest is not None:
+            directory.write_manifest(manifest)
+        if config.cache_reference and setup.method.reference:
+            cache_reference(setup, Path(config.output) / "cache", console)
+        stop = stack.enter_context(GracefulStop())
+        run = Run(setup, directory, console, stop)
+        total = run.plan()
+        if decision == "resume":
+            run.restore()
+        else:
+            fast_check(setup, console)
+        console.print(opening(setup, total), soft_wrap=True)
+        with meter(console, method_name, total, run.position.step) as shown:
+            done = run.train(total, shown)
+        if done:
+            run.finish()
+            console.print(f"Done: {config.output}/final is a plain Hugging Face model.", soft_wrap=True)
+        else:
+            console.print(f"Saved step {run.position.step}; the same command goes on from there.")
+        if directory is not None and manifest is not None:
+            directory.write_manifest(manifest.ended("finished" if done else "interrupted"))
+            if done:
+                _report(directory.path)
+        return 0 if done else stop.exit_code
+
+
+def _manifest(setup: Setup, directory: RunDirectory | None) -> tuple[RunManifest | None, str]:
+    """The run's manifest and whether it starts, goes on or is finished. Raises UserError where an earlier run was another."""
+    if directory is None:
+        return None, ""
+    config = setup.config
+    hashes = dict(setup.train.hashes)
+    if setup.held_out and config.eval_data is not None:
+        hashes |= setup.held_out.hashes
+    session = Session.begin([sys.executable, *sys.argv], torch.get_num_threads())
+    current = RunManifest.begin(
+        setup.method.name, config.model_dump(mode="json"), data=hashes, session=session, model_hash=setup.model_hash, parents=_parents(config)
+    )
+    decision = directory.decide_resume(current, config.resume, may_change=MAY_CHANGE)
+    previous = directory.manifest()
+    return (previous.resumed(current) if previous else current), decision
+
+
+def _parents(config: RunConfig) -> list[str]:
+    """Run directories that this run's models came from."""
+    models = [m for m in (config.model, config.reference) if m]
+    return [str(Path(m).parent) for m in models if (Path(m).parent / "run.json").is_file()]
+
+
+def _report(path: Path) -> None:
+    """Write the run's page; a run never fails for want of a picture."""
+    try:
+        from preftune.report.page import write  # a room upstairs: only its page is asked for, when everything is done
+
+        write(path)
+    except Exception as error:
+        log.warning("report.html could not be written: %s", error)

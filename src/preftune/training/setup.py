@@ -1,0 +1,257 @@
+"""From a config to what a run works with: records, trees, model, reference. Data is read and judged before any model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from preftune import formats
+from preftune.errors import UserError
+from preftune.methods import KEEP_REASONS, METHODS, Method
+from preftune.models import load
+from preftune.models.lora import Adapter
+from preftune.models.policy import LanguageModel, RewardModel, settle_layout
+from preftune.packing.chat import ChatTokenizer, Tree
+from preftune.records import Example
+from preftune.training.config import DataConfig, RunConfig
+from preftune.training.distributed import World
+from preftune.training.learner import Learner
+from preftune.training.progress import meter
+from preftune.training.reference import Reference, attach, cache_key, cached, live_reference
+
+REASONS = {
+    **KEEP_REASONS,
+    "prompt_too_long": "the prompt alone fills max_length, so no response token would be left",
+    "no_response_tokens": "a response has no token at all",
+}
+
+
+@dataclass
+class Records:
+    """One side of the data as trees. rows == len(trees) + sum(dropped.values())."""
+
+    rows: int
+    trees: list[Tree]
+    dropped: Counter[str]
+    where: dict[str, list[str]]
+    format: str
+    hashes: dict[str, str]
+    examples: list[Example]
+    truncated: int = 0
+
+    def sentence(self) -> str:
+        """What was kept and dropped, in words."""
+        tokens = sum(t.tokens for t in self.trees)
+        text = f"{self.rows} records read as {self.format}: {len(self.trees)} kept ({tokens:,} tokens)"
+        for reason, count in self.dropped.items():
+            text += f"; {count} dropped, {reason}: {REASONS.get(reason, reason)} ({', '.join(self.where.get(reason, [])[:3])})"
+        return text + (f"; {self.truncated} responses cut to max_length" if self.truncated else "")
+
+
+@dataclass
+class Setup:
+    """Everything a run needs before its first step."""
+
+    method: Method
+    config: RunConfig
+    world: World
+    source: load.Source
+    tokenizer: ChatTokenizer
+    train: Records
+    held_out: Records | None
+    learner: Learner
+    adapter: Adapter | None
+    compute: torch.dtype
+    model_hash: str
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Read:
+    """Examples as they were read, before tokens."""
+
+    rows: int
+    examples: list[Example]
+    dropped: Counter[str]
+    where: dict[str, list[str]]
+    format: str
+    hashes: dict[str, str]
+
+
+def read(config: DataConfig) -> Read:
+    """Read the records of a data section."""
+    data = formats.read(list(config.path), format=config.format, on_error=config.on_error, limit=config.limit)
+    where: dict[str, list[str]] = {}
+    for one in data.dropped:
+        where.setdefault(one.reason, []).append(one.where)
+    name = ", ".join(config.path)
+    return Read(data.rows, list(data.examples), Counter(data.dropped_by_reason()), where, data.format, {name: data.sha256})
+
+
+def read_sides(config: RunConfig) -> tuple[Read, Read | None]:
+    """Training and held-out records: from two files, or one cut by prompt."""
+    train = read(config.data)
+    if config.eval_data is not None:
+        return train, read(config.eval_data)
+    if not config.eval_fraction:
+        return train, None
+    kept, held = formats.split_by_prompt(train.examples, config.eval_fraction, config.seed)
+    side = dataclasses.replace(train, rows=len(held), examples=held, dropped=Counter(), where={})
+    return dataclasses.replace(train, rows=train.rows - len(held), examples=kept), side
+
+
+def require(method: Method, examples: Sequence[Example], name: str) -> None:
+    """Say before any model is loaded when no record has what the method needs."""
+    usable = sum(not isinstance(method.keep(_untokenised(e)), str) for e in examples[:1000])
+    if not usable:
+        first = examples[0]
+        reason = method.keep(_untokenised(first))
+        raise UserError(
+            f"no record has what {method.title.lower()} needs, {method.needs}: {REASONS.get(str(reason), reason)}",
+            where=first.where or name,
+            fix="Give other data, or another method (`preftune methods`).",
+        )
+
+
+def _untokenised(example: Example) -> Tree:
+    import numpy as np
+
+    from preftune.packing.chat import order_scores, preference_matrix
+
+    scores = order_scores(example)
+    one = np.zeros(1, dtype=np.int64)
+    count = len(example.responses)
+    return Tree(example.id, example.where, one, (one,) * count, (True,) * count, scores, preference_matrix(example, scores))
+
+
+def tokenise(read: Read, tokenizer: ChatTokenizer, method: Method, max_length: int) -> Records:
+    """Trees of the records as the method keeps them; every record is kept or counted under a reason."""
+    tokens = tokenizer.tokenize(read.examples, max_length)
+    records = Records(read.rows, [], Counter(read.dropped), dict(read.where), read.format, read.hashes, read.examples)
+    records.dropped.update(tokens.dropped)
+    records.where.update(tokens.dropped_where)
+    for tree in tokens.trees:
+        kept = method.keep(tree)
+        if isinstance(kept, str):
+            records.dropped[kept] += 1
+            records.where.setdefault(kept, []).append(tree.where or tree.id)
+        else:
+            records.trees.append(kept)
+    records.truncated = tokens.truncated_responses
+    if records.rows != len(records.trees) + sum(records.dropped.values()):
+        raise AssertionError(f"{records.rows} rows in, {len(records.trees)} kept and {sum(records.dropped.values())} dropped")
+    if not records.trees:
+        raise UserError(records.sentence(), where="data", fix="Nothing is left to train on: raise max_length or give other data.")
+    return records
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it (AMX, AVX512-BF16, CUDA from Ampere on), else fp32; `bf16` asks for it in any case."""
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
+
+
+def prepare(method_name: str, config: RunConfig, world: World, console: Console) -> Setup:
+    """Read, judge and tokenise the data, then load the model. Raises UserError for whatever the user can mend."""
+    method = METHODS[method_name]
+    train_read, held_read = read_sides(config)
+    require(method, train_read.examples, ", ".join(config.data.path))
+    if config.lora is not None and config.lora.dropout and method.reference:
+        raise UserError(
+            "dropout would make policy and reference differ before training", where="lora.dropout", fix="Set lora.dropout to 0."
+        )
+    source = load.locate(config.model)
+    template = None
+    if config.chat_template:
+        try:
+            template = Path(config.chat_template).read_text()
+        except OSError as error:
+            raise UserError(f"the chat template cannot be read: {error.strerror}", where=config.chat_template) from error
+    tokenizer = load.load_tokenizer(source, template=template)
+    train = tokenise(train_read, tokenizer, method, config.max_length)
+    held = tokenise(held_read, tokenizer, method, config.max_length) if held_read else None
+    torch.manual_seed(config.seed)
+    compute = compute_dtype(config.precision, world.device)
+    notices: list[str] = []
+    model, adapter, notice = load_model(method, config, source, compute, world)
+    if notice:
+        notices.append(notice)
+    tokenizer.turn_ends = tokenizer.turn_ends | frozenset(load.eos_ids(model.hf))
+    model_hash = load.fingerprint(source)
+    learner = Learner(method, config.method, model, world, config.tokens_per_microbatch, clip_norm=config.clip_norm)
+    setup = Setup(method, config, world, source, tokenizer, train, held, learner, adapter, compute, model_hash, notices)
+    if method.reference:
+        learner.reference = make_reference(setup)
+    return setup
+
+
+def load_model(
+    method: Method, config: RunConfig, source: load.Source, compute: torch.dtype, world: World
+) -> tuple[LanguageModel | RewardModel, Adapter | None, str | None]:
+    """The model to train on its device, its adapter if it has one, and a notice about its layout if there is one."""
+    model: LanguageModel | RewardModel
+    if method.model == "reward":
+        classifier = load.load_classifier(source)
+        if classifier is not None:
+            head = next(m for m in classifier.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1)
+            model = RewardModel(classifier, head=head, compute=compute)
+        else:
+            inner = load.load_causal_lm(source)
+            model = RewardModel(inner, compute=compute)
+            output = inner.get_output_embeddings()
+            if output is not None and output.weight is not inner.get_input_embeddings().weight:
+                output.requires_grad_(False)  # a reward model has no use for it
+    else:
+        model = LanguageModel(load.load_causal_lm(source), compute=compute)
+    model.to(world.device)
+    notice = settle_layout(model)
+    adapter = None
+    if config.lora is not None:
+        lora = config.lora
+        adapter = Adapter(model.hf, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, task="CAUSAL_LM")
+        model.backbone.hf.to(world.device)
+        if isinstance(model, RewardModel):
+            model.head.requires_grad_(True)
+    if config.gradient_checkpointing:
+        model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, adapter, notice
+
+
+def make_reference(setup: Setup) -> Reference:
+    """The frozen reference: the adapter switched off, the named model, or a second copy of the starting model."""
+    config, policy = setup.config, setup.learner.model
+    assert isinstance(policy, LanguageModel)
+    if config.reference is None and setup.adapter is not None:
+        return live_reference(policy, setup.adapter.off)
+    source = load.locate(config.reference or config.model)
+    frozen = LanguageModel(load.load_causal_lm(source), compute=setup.compute, packed=policy.backbone.packed)
+    frozen.to(setup.world.device).eval().requires_grad_(False)
+    return live_reference(frozen)
+
+
+def cache_reference(setup: Setup, folder: Path, console: Console) -> None:
+    """Compute the reference of all trees once, keep it in `folder`, and let the reference model go."""
+    learner, config = setup.learner, setup.config
+    assert learner.reference is not None
+    model = load.fingerprint(load.locate(config.reference)) if config.reference else setup.model_hash
+    learner.model.eval()
+    for records in filter(None, (setup.train, setup.held_out)):
+        file = folder / f"reference-{cache_key(records.trees, model, setup.compute)}.safetensors"
+        if setup.world.first:
+            with meter(console, "reference log-probs", len(records.trees)) as shown:
+                for done in cached(records.trees, learner.reference, file, config.tokens_per_microbatch, setup.world.device):
+                    shown.at(done)
+        setup.world.share(None)
+        records.trees = attach(records.trees, file)
+    learner.reference = None
