@@ -123,6 +123,12 @@ def test_text_stays_text(draw):
 
 
 @pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+@pytest.mark.parametrize("name", ["$\\frac{$", "$x_1$ in $"])
+def test_dollars_are_dollars_and_not_mathematics(draw, name):
+    assert name in words(draw(name))
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
 def test_the_same_input_gives_the_same_bytes_and_needs_nothing_else(draw):
     svg = draw("Loss")
     assert svg == draw("Loss")

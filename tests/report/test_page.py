@@ -220,10 +220,11 @@ def test_a_run_page_tells_how_the_run_went(tmp_path):
 
 def test_numbers_that_are_not_finite_are_gaps_and_said(tmp_path):
     log = MetricsLog(fake.run(tmp_path / "run", "sft") / METRICS_FILE)
-    log.append(76, "train", {"loss": float("nan"), "lr": 1e-6})
+    log.append(76, "train", {"loss": float("nan"), "lr": 1e-6, "never_finite": float("inf")})
     log.close()
     page = parsed(write(tmp_path / "run"))
     assert "1 row of the log held numbers that are not finite" in page.text
+    assert "Never finite" not in page.text, "a metric without one finite value has no curve"
     assert "75 points" in page.text and "nan" not in page.text.lower().split()
 
 
