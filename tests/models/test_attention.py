@@ -116,7 +116,7 @@ def test_a_layout_that_gives_other_numbers_is_not_used(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_gradient_checkpointing_changes_no_number(kind):
     plain, saving = tree_model(kind), tree_model(kind)
-    saving.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    saving.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for model in (plain, saving):
         model.train()
         model(collate(TREES)).sum().backward()

@@ -68,7 +68,12 @@ def train(words: Words = None) -> None:
     from preftune.cli.console import progress_console
     from preftune.training.run import train as run
 
-    raise typer.Exit(run(name, config, progress_console()))
+    code = run(name, config, progress_console())
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        from preftune.report.page import write
+
+        progress_console().print(f"What happened, in pictures: {write(Path(config.output))}", soft_wrap=True, highlight=False)
+    raise typer.Exit(code)
 
 
 @app.command(epilog=_examples("preftune check recipes/dpo.yaml", "preftune check dpo model=smollm2 data=pairs.jsonl output=runs/dpo"))

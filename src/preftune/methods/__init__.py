@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 
 from preftune.configfile import Section
-from preftune.errors import UserError
 from preftune.objectives.likelihood import negative_log_likelihood
 from preftune.objectives.metrics import Metrics
 from preftune.objectives.pairwise import dpo_sigmoid, reward_pairwise
@@ -166,13 +165,3 @@ _ROWS = (
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-
-
-def find(name: str) -> Method:
-    """The row of this name; an unknown one is the user's mistake."""
-    if name in METHODS:
-        return METHODS[name]
-    import difflib
-
-    near = difflib.get_close_matches(name, METHODS, 1)
-    raise UserError(f"no method is called {name!r}", where="train", fix=f"Did you mean {near[0]}?" if near else f"Methods: {', '.join(METHODS)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import resource
 import sys
@@ -31,8 +30,6 @@ from preftune.training.progress import Meter, meter
 from preftune.training.rundir import RunDirectory
 from preftune.training.setup import Setup, cache_reference, prepare
 from preftune.training.signals import GracefulStop
-
-log = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset({"output", "resume", "save_every", "keep_checkpoints", "threads", "device", "tokens_per_microbatch"})
 """Config keys that a resumed run may give another value: they change no result beyond rounding."""
@@ -298,8 +295,6 @@ def train(method_name: str, config: RunConfig, console: Console) -> int:
             console.print(f"Saved step {run.position.step}; the same command goes on from there.")
         if directory is not None and manifest is not None:
             directory.write_manifest(manifest.ended("finished" if done else "interrupted"))
-            if done:
-                _report(directory.path)
         return 0 if done else stop.exit_code
 
 
@@ -324,13 +319,3 @@ def _parents(config: RunConfig) -> list[str]:
     """Run directories that this run's models came from."""
     models = [m for m in (config.model, config.reference) if m]
     return [str(Path(m).parent) for m in models if (Path(m).parent / "run.json").is_file()]
-
-
-def _report(path: Path) -> None:
-    """Write the run's page; a run never fails for want of a picture."""
-    try:
-        from preftune.report.page import write  # a room upstairs: only its page is asked for, when everything is done
-
-        write(path)
-    except Exception as error:
-        log.warning("report.html could not be written: %s", error)

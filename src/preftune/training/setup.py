@@ -224,7 +224,7 @@ def load_model(
         if isinstance(model, RewardModel):
             model.head.requires_grad_(True)
     if config.gradient_checkpointing:
-        model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, adapter, notice
 
 
