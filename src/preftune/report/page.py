@@ -114,14 +114,14 @@ def run_sentence(manifest: RunManifest, rows: list[Row]) -> str:
     ends = {"running": "is still running", "interrupted": "was interrupted", "stopped": "was stopped"}
     said = []
     for metric, kind, name in (
-        ("loss", "train", "the loss"),
-        ("loss", "eval", "the held-out loss"),
+        ("loss", "train", "loss"),
+        ("loss", "eval", "held-out loss"),
         ("accuracy", "eval", "held-out accuracy"),
     ):
         values = [value for _, value in numeric(rows, metric, kind) if value is not None]
         if len(values) > 1:
-            said.append(f"{name} was {words.number(values[0])} when first measured and {words.number(values[-1])} at the end")
-    went = f" In it, {_listed(said)}." if said else ""
+            said.append(f"{name} {words.number(values[0])} → {words.number(values[-1])}")
+    went = f" First and last measurement: {', '.join(said)}." if said else ""
     return f"A {manifest.method} run that {ends.get(manifest.status, manifest.status)}.{went}"
 
 
