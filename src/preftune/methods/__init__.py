@@ -14,6 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from preftune.configfile import Section
+from preftune.configschema import closest
+from preftune.errors import UserError
 from preftune.objectives.likelihood import negative_log_likelihood
 from preftune.objectives.metrics import Metrics
 from preftune.objectives.pairwise import dpo_sigmoid, reward_pairwise
@@ -165,3 +167,11 @@ _ROWS = (
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def find(name: str) -> Method:
+    """The row of this name. Raises UserError for an unknown one, with the nearest."""
+    if name in METHODS:
+        return METHODS[name]
+    near = closest(name, METHODS)
+    raise UserError(f"there is no method '{name}'", fix=f"Did you mean {near}?" if near else f"The methods are {', '.join(METHODS)}.")
