@@ -234,8 +234,9 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(found.sha256) == 64 and found.sha256 == read("someone/pairs:test[:3]").sha256
     assert "someone/nothing: no such file, and no data set" in stops("someone/nothing")
     Path("someone").mkdir()
+    assert "no such file or directory" in stops("someone/pears")  # a slip in a path here, not a question to the Hub
     Path("someone/pairs").mkdir()  # a path that exists is never looked for on the Hub
-    assert "no data file" in stops("someone/pairs")
+    assert "no data file" in stops("someone/pairs") and len(asked) == 3
 
 
 def test_lines_are_streamed(tmp_path: Path) -> None:

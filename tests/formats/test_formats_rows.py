@@ -63,6 +63,12 @@ def test_hh_role_marker_inside_a_response_stays_in_it(one) -> None:
     assert texts(example) == ["x", "y\n\nAssistant:  z"]
 
 
+def test_hh_response_that_extends_the_other_by_a_turn_leaves_both_a_response(one) -> None:
+    short = "\n\nHuman: q\n\nAssistant: x"
+    example = one({"chosen": short, "rejected": short + "\n\nAssistant: y"})
+    assert example.prompt == (U("q"),) and texts(example) == ["x", "x\n\nAssistant: y"]
+
+
 def test_hh_human_without_a_blank_line_is_text(one) -> None:
     row = {"chosen": "\n\nHuman: q\nHuman: r\n\nAssistant: x\nHuman: s", "rejected": "\n\nHuman: q\nHuman: r\n\nAssistant: y"}
     example = one(row)
@@ -84,6 +90,7 @@ def test_hh_shared_assistant_turn_before_the_last_is_prompt(one) -> None:
         ("\n\nHuman: q\n\nAssistant: x", "\n\nHuman: q\n\nAssistant: x", "identical_responses"),
         ("\n\nHuman: q\n\nAssistant: x", "\n\nHuman: r\n\nAssistant: x", "prompts_differ"),
         ("\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: s", "\n\nHuman: q\n\nAssistant: y", "diverges_before_response"),
+        ("\n\nHuman: q\n\nAssistant: x\n\nHuman: r", "\n\nHuman: q\n\nAssistant: x\n\nHuman: s", "diverges_before_response"),
         ("plain", "text", "not_a_transcript"),
         ("\n\nHuman: \n\nAssistant: x", "\n\nHuman: \n\nAssistant: y", "empty_prompt"),
         (3, "\n\nHuman: q\n\nAssistant: y", "wrong_type"),

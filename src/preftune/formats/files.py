@@ -72,7 +72,7 @@ def _resolve(source: str | Path) -> Iterator[Source]:
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError("unknown kind of file", where=text, fix=f"Known endings: {', '.join(SUFFIXES)}")
         yield _file(path, text)
-    elif _HUB_ID.fullmatch(text) and not text.lower().endswith(SUFFIXES):
+    elif _HUB_ID.fullmatch(text) and not text.lower().endswith(SUFFIXES) and not path.parent.is_dir():
         yield _hub(text)
     else:
         raise UserError("no such file or directory", where=text, fix="Check the path")

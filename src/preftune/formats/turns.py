@@ -70,8 +70,6 @@ def transcripts(texts: Sequence[str]) -> tuple[tuple[Message, ...], tuple[str, .
     for one in turns:
         if any(turn.message.role == "user" for turn in one[shared:]):
             raise RowError("diverges_before_response", f"only the first {shared} turns are shared")
-        if one[shared].message.role != "assistant":
-            raise RowError("no_response")
     prompt = tuple(turn.message for turn in turns[0][:shared])
     return prompt, tuple(text[one[shared].start :] for text, one in zip(texts, turns))
 
