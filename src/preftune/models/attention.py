@@ -114,7 +114,15 @@ def _branch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softc
 
 
 def _by_branches(
-    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, tree: int, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    tree: int,
+    window: int | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One long tree: its prompt, then each response over prompt and itself, so that cost grows with the sum of their lengths."""
     prompt, responses = plan.layout.trees[tree]
@@ -151,11 +159,14 @@ def _flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int
     if _compiled_flex is None:
         _compiled_flex = torch.compile(flex_attention, dynamic=True) if q.is_cuda else flex_attention
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return torch.tanh(score / softcap) * softcap
+    modify = None
+    if softcap is not None:
+        cap = softcap
+
+        def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.tanh(score / cap) * cap
 
     block = plan.block_mask(window, q.device)
-    modify = capped if softcap is not None else None
     return _compiled_flex(q[None], k[None], v[None], modify, block, scaling, q.shape[0] != k.shape[0])[0]
 
 

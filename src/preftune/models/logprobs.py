@@ -15,7 +15,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target], chunk by chunk; the chunk is computed again in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -39,7 +39,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return picked - lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         scale, softcap, compute, rows = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

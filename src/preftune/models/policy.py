@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
 import torch
 from torch import Tensor, nn
 
+from preftune.errors import UserError
 from preftune.models.attention import NAME as TREE
 from preftune.models.attention import TreePlan
 from preftune.models.logprobs import chunked_logprobs
-from preftune.errors import UserError
 from preftune.packing.batch import Batch, collate
 from preftune.packing.chat import Tree
 
@@ -75,8 +74,9 @@ class Backbone(nn.Module):
 
 
 def padded_rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The batch as plain right-padded rows of prompt + response: ids, mask, positions [R, L], and [T] where each packed token stands in them.
+    """The batch as plain right-padded rows of prompt + response.
 
+    Returns ids, mask and positions, each [R, L], and [T] where each packed token stands in the flattened rows.
     A prompt's tokens are read from its first response's row.
     """
     rows = batch.layout.rows()
@@ -160,7 +160,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def probe_trees(vocabulary: int) -> list[Tree]:
     """Two small trees of arbitrary tokens, on which two ways to read a batch can be compared."""
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(0, vocabulary, n)
+    draw = lambda n: np.asarray(rng.integers(0, vocabulary, n))
     shapes = ((7, (4, 2, 5)), (3, (6,)))
     return [
         Tree("probe", "", draw(p), tuple(draw(r) for r in rs), (True,) * len(rs), np.zeros(len(rs)), np.zeros((len(rs),) * 2))
