@@ -354,7 +354,7 @@ def _headline(metrics: Sequence[Mapping[str, Any]]) -> str:
     verdict = ("For neither", "For one of the two", "For both")[len(sure)]
     return (
         f"On prompts that no stage saw, how often the models agree with people on a pair: {said[0]}, {said[1]}. "
-        f"{verdict} the interval lies wholly above the 50% of guessing; always choosing the longer response gives {metrics[2]['value']:.0%}."
+        f"{verdict} the interval lies wholly above the 50% of guessing; always taking the longer response gives {metrics[2]['value']:.0%}."
     )
 
 
