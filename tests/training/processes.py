@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["preftune.training.checkpoint", "preftune.training.rundir", "pytest", "hypothesis.strategies", "numpy"])
+_context.set_forkserver_preload(
+    [
+        "preftune.training.run",
+        "preftune.cli.main",
+        "transformers.models.llama.modeling_llama",
+        "peft",
+        "tests.tiny",
+        "pytest",
+        "hypothesis.strategies",
+    ]
+)
 
 
 def start(target: Callable[..., Any], *args: Any, failpoint: str = "") -> multiprocessing.process.BaseProcess:

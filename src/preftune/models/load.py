@@ -140,6 +140,7 @@ def load_causal_lm(source: Source, *, attention: str = TREE, dtype: torch.dtype 
         with quiet():
             config = AutoConfig.from_pretrained(source.path, **source.options)
             dropouts = without_dropout(config)
+            model: Any
             build = lambda kind: AutoModelForCausalLM.from_pretrained(
                 source.path, config=config, dtype=dtype, attn_implementation=kind, **source.options
             )
@@ -164,18 +165,26 @@ def load_classifier(source: Source, dtype: torch.dtype = torch.float32) -> Any |
     """A one-label sequence classifier (a reward model of this or another tool) where the directory holds one, else None."""
     if source.gguf:
         return None
-    with quiet():
-        config = AutoConfig.from_pretrained(source.path, **source.options)
-        architectures = config.architectures or []
-        if not any(a.endswith("ForSequenceClassification") for a in architectures):
-            return None
-        without_dropout(config)
-        try:
-            return AutoModelForSequenceClassification.from_pretrained(
-                source.path, config=config, dtype=dtype, attn_implementation=TREE, **source.options
-            ).eval()
-        except (ValueError, ImportError):
-            return AutoModelForSequenceClassification.from_pretrained(source.path, config=config, dtype=dtype, **source.options).eval()
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source.path, **source.options)
+            if not any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
+                return None
+            dropouts = without_dropout(config)
+            build = lambda **kind: AutoModelForSequenceClassification.from_pretrained(
+                source.path, config=config, dtype=dtype, **kind, **source.options
+            )
+            model: Any
+            try:
+                model = build(attn_implementation=TREE)
+            except (ValueError, ImportError):
+                model = build()
+    except Exception as error:
+        raise _explain(error, source) from error
+    if config.num_labels != 1:
+        raise UserError(f"this classifier has {config.num_labels} labels, a reward model has one", where=source.name)
+    model.preftune_dropouts = dropouts
+    return model.eval()
 
 
 def eos_ids(model: Any) -> tuple[int, ...]:

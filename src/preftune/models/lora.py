@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ class Adapter:
         from peft import LoraConfig, get_peft_model
 
         wanted = targets if isinstance(targets, str) else list(targets)
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, task_type=task, bias="none")
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": wanted, "bias": "none"}
         try:
-            self.peft = get_peft_model(model, config)
+            with warnings.catch_warnings(action="ignore"):  # what peft still calls by its old name in transformers
+                self.peft = get_peft_model(model, LoraConfig(task_type=task, **options))
         except ValueError as error:
             names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise UserError(f"no layer matches {targets}", where="lora.targets", fix=f"Layers are {', '.join(names)}.") from error
@@ -34,7 +36,7 @@ class Adapter:
 
     def save(self, path: Path) -> None:
         """Write the adapter alone, for peft."""
-        self.peft.save_pretrained(str(path))
+        self.peft.save_pretrained(str(path), save_embedding_layers=False)  # never trained, and to ask would mean asking the Hub
 
     def merge(self) -> Any:
         """Fold the adapter into the weights and return the plain model; the adapter is gone afterwards."""

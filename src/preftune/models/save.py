@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from preftune.errors import UserError
+from preftune.models.load import quiet
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel
 from preftune.packing.chat import ChatTokenizer
@@ -25,23 +26,38 @@ def save_model(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, pat
     """
     temporary = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+        with quiet():
+            _write(model, tokenizer, temporary, adapter)
+        for written in (*temporary.rglob("*"), temporary):
+            _sync(written)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, path: Path, adapter: Adapter | None) -> None:
     if adapter is not None:
-        adapter.save(temporary / "adapter")
+        adapter.save(path / "adapter")
         model.backbone.hf = adapter.merge()
     if isinstance(model, RewardModel):
-        _save_classifier(model, tokenizer, temporary)
+        _save_classifier(model, tokenizer, path)
     else:
-        config = _plain_config(model.hf)
-        with _config_of(model.hf, config):
-            model.hf.save_pretrained(temporary)
-        tokenizer.tokenizer.save_pretrained(temporary)
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(temporary, path)
+        with _config_of(model.hf, _plain_config(model.hf)):
+            model.hf.save_pretrained(path)
+        tokenizer.tokenizer.save_pretrained(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _plain_config(model: Any) -> Any:

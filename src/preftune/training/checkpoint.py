@@ -6,7 +6,6 @@ safetensors and JSON only: nothing that is read here can run code.
 """
 
 import base64
-import errno
 import hashlib
 import json
 import logging
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -246,12 +244,7 @@ def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
         one = tensor.detach().contiguous()
         plain[name] = one.clone() if one.data_ptr() in seen else one
         seen.add(one.data_ptr())
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:  # its only trace of the operating system's error is in the text
-        code = re.search(r"os error (\d+)", str(error))
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, os.strerror(number) if code else str(error), str(path)) from error
+    save_file(plain, path)
 
 
 def _refuse_nonfinite(group: str, named: Mapping[str, Tensor]) -> None:

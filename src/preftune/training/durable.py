@@ -2,9 +2,12 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from preftune.errors import UserError
 from preftune.training.failpoints import failpoint
@@ -23,13 +26,20 @@ _FIXES = {
 
 @contextmanager
 def explained(doing: str, path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into a UserError that names what was done, the path and the reason."""
+    """Turn an OSError or a SafetensorError inside the block into a UserError that names what was done, the path and the reason."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as raised:
+        error = _system_error(raised) if isinstance(raised, SafetensorError) else raised
         reason = error.strerror or str(error)
         fix = _FIXES.get(error.errno or 0, "Check the disk, then run the same command again.")
-        raise UserError(f"{doing} failed: {reason}", where=str(path), fix=fix) from error
+        raise UserError(f"{doing} failed: {reason}", where=str(path), fix=fix) from raised
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """The operating system's error behind this one, whose only trace of it is in the text."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(errno.EIO, str(error))
 
 
 def sync_file(path: Path) -> None:

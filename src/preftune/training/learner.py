@@ -20,7 +20,7 @@ from preftune.training.reference import Reference
 
 
 class Interrupted(Exception):
-    """A step was given up between micro-batches, before anything was changed."""
+    """A step or an evaluation was given up between micro-batches, before anything was changed."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,19 @@ class Learner:
         return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids)
 
     @torch.no_grad()
-    def evaluate(self, trees: Sequence[Tree], on_batch: Callable[[int], None] = lambda done: None) -> dict[str, float]:
-        """Loss and metrics over all of `trees`, without gradient, weighted exactly as in one large step."""
+    def evaluate(
+        self, trees: Sequence[Tree], on_batch: Callable[[int], None] = lambda done: None, give_up: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Loss and metrics over all of `trees`, without gradient, weighted exactly as in one large step.
+
+        `give_up` is asked between micro-batches; when it says so, Interrupted is raised.
+        """
         self.model.eval()
         sums: dict[str, float] = {}
         done = 0
         for batch in self._batches(trees):
+            if give_up():
+                raise Interrupted
             _add(sums, *self.loss(batch))
             done += len(batch.ids)
             on_batch(done)

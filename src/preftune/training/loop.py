@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from preftune.packing.chat import Tree
 from preftune.packing.order import Cursor, steps
@@ -15,7 +15,7 @@ class Position:
     """Where a run stands: optimizer steps done, and how far the data has been read."""
 
     step: int = 0
-    cursor: Cursor = Cursor()
+    cursor: Cursor = field(default_factory=Cursor)
 
 
 def fit(

@@ -51,13 +51,17 @@ class MetricsLog:
         with explained("writing the metrics", self.path):
             os.fsync(self._open().fileno())
 
-    def truncate(self, step: int) -> None:
-        """Keep only the rows up to `step`, atomically and byte for byte; -1 keeps none, for a run that has no checkpoint yet."""
+    def truncate(self, step: int, *, evaluated: bool = True) -> None:
+        """Keep only the rows up to `step`, atomically and byte for byte; -1 keeps none, for a run that has no checkpoint yet.
+
+        Without `evaluated` the evaluation after `step` is still to come, so its rows go too.
+        """
         self.close()
         if not self.path.exists():
             return
         with explained("writing the metrics", self.path):
-            replace_file(self.path, b"".join(line for line, row in _rows(self.path) if row["step"] <= step))
+            last = {"train": step, "eval": step if evaluated else step - 1}
+            replace_file(self.path, b"".join(line for line, row in _rows(self.path) if row["step"] <= last[row["kind"]]))
 
     def close(self) -> None:
         """Close the file; a later append opens it again."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import Batch, collate, microbatches
 from preftune.packing.chat import Tree
+from preftune.training.durable import explained, replace_file
 
 Reference = Callable[[Batch], Tensor]
 """A batch to [G, N] summed log-probabilities, without gradient."""
@@ -48,10 +48,9 @@ def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int,
             values[index] = grid[row, : len(values[index])]
         done += len(part)
         yield done
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    save_file({"logp": torch.from_numpy(np.concatenate(values))}, temporary)
-    os.replace(temporary, file)
+    with explained("keeping the reference's log-probs", file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, save({"logp": torch.from_numpy(np.concatenate(values))}))
 
 
 def attach(trees: Sequence[Tree], file: Path) -> list[Tree]:

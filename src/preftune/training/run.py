@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from preftune.errors import NonFiniteError
+from preftune.errors import NonFiniteError, UserError
+from preftune.models.load import fingerprint, locate
 from preftune.models.save import save_model
 from preftune.packing.order import Cursor, steps_per_epoch
 from preftune.training import checkpoint
 from preftune.training.check import fast_check
 from preftune.training.config import RunConfig
 from preftune.training.distributed import World
+from preftune.training.durable import explained
 from preftune.training.failpoints import failpoint
 from preftune.training.learner import Interrupted, Schedule, Step, make_optimizer
 from preftune.training.loop import Position, fit
@@ -29,7 +31,7 @@ from preftune.training.manifest import RunManifest, Session
 from preftune.training.progress import Meter, meter
 from preftune.training.rundir import RunDirectory
 from preftune.training.setup import Setup, cache_reference, prepare
-from preftune.training.signals import GracefulStop
+from preftune.training.signals import GracefulStop, Stopped
 
 MAY_CHANGE = frozenset({"output", "resume", "save_every", "keep_checkpoints", "threads", "device", "tokens_per_microbatch"})
 """Config keys that a resumed run may give another value: they change no result beyond rounding."""
@@ -53,6 +55,7 @@ class Progress:
     evaluations_without_gain: int = 0
     stopped_early: bool = False
     tokens: int = 0
+    evaluation_due: bool = False
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Run:
         found = checkpoint.recover(path) if world.first else None
         step = world.share(found.step if found else None)
         if step is None:
-            if self.directory:
+            if self.directory is not None:
                 self.directory.metrics.truncate(-1)
             return
         found = found or checkpoint.load(checkpoint.step_path(path, step))
@@ -100,26 +103,25 @@ class Run:
         self.progress = Progress(**found.state["progress"])
         self.saved_step = step
         self.rng = found.state["rng"]
-        checkpoint.restore_rng(self.rng)
-        if self.directory:
-            self.directory.metrics.truncate(step)
+        if self.directory is not None:
+            self.directory.metrics.truncate(step, evaluated=not self.progress.evaluation_due)
         self.console.print(f"Resuming after step {step}.")
 
     def save(self) -> None:
-        """Write a checkpoint of the last completed step, if there is none yet."""
+        """Write a checkpoint of the last completed step and what followed it, if there is none yet."""
         if self.saved_step == self.position.step:
             return
         if self.directory is not None:
             self.directory.metrics.sync()
             state = {"cursor": asdict(self.position.cursor), "progress": asdict(self.progress), "rng": self.rng}
-            best = {self.progress.best_step} if self.progress.best_step is not None else set()
+            best = self.progress.best_step
             checkpoint.save(
                 self.directory.checkpoints,
                 self.position.step,
                 self.setup.learner.tensors(),
                 state,
                 keep=self.config.keep_checkpoints,
-                protect=best,  # type: ignore[arg-type]
+                protect=() if best is None else (best,),
             )
         self.saved_step = self.position.step
 
@@ -142,75 +144,89 @@ class Run:
         }
         self.directory.metrics.append(self.position.step, "train", row)
 
-    def evaluate(self) -> bool:
-        """Evaluate, log, and remember the best; True when early stopping says to stop."""
-        held, config, progress = self.setup.held_out, self.config, self.progress
-        if held is None:
-            return False
-        start = time.monotonic()
-        with meter(self.console, f"evaluation at step {self.position.step}", len(held.trees)) as shown:
-            found = self.setup.learner.evaluate(held.trees, shown.at)
-        if self.directory is not None:
-            seconds = {"seconds": round(time.monotonic() - start, 4), "peak_memory": peak_memory()}
-            self.directory.metrics.append(self.position.step, "eval", {**found, "records": len(held.trees), **seconds})
+    def give_up(self, during: str) -> bool:
+        """Whether a signal asks to stop between two micro-batches: several processes must agree, and do so after the step only."""
+        failpoint(f"{during}.microbatch")
+        return self.setup.world.size == 1 and self.stop.requested is not None
+
+    def evaluate(self) -> None:
+        """Evaluate, log, and remember the best; `stopped_early` then tells whether early stopping says to stop."""
+        held, progress = self.setup.held_out, self.progress
+        if held is not None:
+            start = time.monotonic()
+            with meter(self.console, f"evaluation at step {self.position.step}", len(held.trees)) as shown:
+                found = self.setup.learner.evaluate(held.trees, shown.at, lambda: self.give_up("evaluation"))
+            if self.directory is not None:
+                seconds = {"seconds": round(time.monotonic() - start, 4), "peak_memory": peak_memory()}
+                self.directory.metrics.append(self.position.step, "eval", {**found, "records": len(held.trees), **seconds})
+            self._judge(found)
+        progress.evaluation_due = False
+        self.saved_step = -1  # a checkpoint from before this evaluation does not know its outcome
+
+    def _judge(self, found: dict[str, float]) -> None:
+        config, progress = self.config, self.progress
         stopping = config.early_stopping
         name = stopping.metric if stopping else config.best_metric
         if name is None:
-            return False
+            return
         if name not in found:
-            from preftune.errors import UserError
-
             where = "early_stopping.metric" if stopping else "best_metric"
             raise UserError(f"evaluation gives no metric {name!r}", where=where, fix=f"It gives {', '.join(found)}.")
         mode, least = (stopping.mode, stopping.min_delta) if stopping else (config.best_mode, 0.0)
         gain = math.inf if progress.best_value is None else (found[name] - progress.best_value) * (1 if mode == "max" else -1)
-        if gain > least:
+        if gain > least and math.isfinite(found[name]):
             progress.best_value, progress.best_step, progress.evaluations_without_gain = found[name], self.position.step, 0
         else:
             progress.evaluations_without_gain += 1
-        return stopping is not None and progress.evaluations_without_gain >= stopping.patience
+        progress.stopped_early = stopping is not None and progress.evaluations_without_gain >= stopping.patience
 
     def train(self, total: int, shown: Meter) -> bool:
         """All steps that are left; False when a signal asked to stop before the end."""
         config, world = self.config, self.setup.world
-        give_up: Callable[[], bool] = lambda: world.size == 1 and self.stop.requested is not None
-        start = time.monotonic()
-        if self.position.step == 0 and self.saved_step < 0 and config.eval_every:
-            self.evaluate()
+        checkpoint.restore_rng(self.rng)  # whatever checks came before must not have drawn from the run's numbers
         try:
-            for self.position, step in fit(
+            if self.position.step == 0 and self.saved_step < 0:
+                self.progress.evaluation_due = bool(config.eval_every)
+            self._settle(total)
+            start = time.monotonic()
+            for position, step in fit(
                 self.setup.learner,
                 self.setup.train.trees,
                 prompts_per_step=config.prompts_per_step,
                 epochs=config.epochs,
-                max_steps=total,
+                max_steps=0 if self.progress.stopped_early else total,
                 seed=config.seed,
                 start=self.position,
-                give_up=give_up,
+                give_up=lambda: self.give_up("step"),
             ):
-                self.rng = checkpoint.rng_state()
+                self.position, self.rng = position, checkpoint.rng_state()
                 failpoint("step")
                 self.log_step(step, time.monotonic() - start)
+                self.progress.evaluation_due = self.position.step == total or _every(config.eval_every, self.position.step)
                 self._guard(step)
                 shown.at(self.position.step, f"loss {step.loss:.4f}, {step.tokens / max(1e-9, time.monotonic() - start):.0f} tok/s")
-                last = self.position.step == total
-                if (config.eval_every and self.position.step % config.eval_every == 0) or last:
-                    self.progress.stopped_early = self.evaluate() and not last
+                self._settle(total)
                 if world.any(self.stop.requested is not None):
                     self.save()
                     return False
-                best_now = self.progress.best_step == self.position.step
-                if last or best_now or self.progress.stopped_early or (config.save_every and self.position.step % config.save_every == 0):
-                    self.save()
                 if self.progress.stopped_early:
-                    self.console.print(f"Stopped early at step {self.position.step}: no gain in {config.early_stopping}.")  # type: ignore[str-bytes-safe]
                     break
                 start = time.monotonic()
         except Interrupted:
             checkpoint.restore_rng(self.rng)
             self.save()
             return False
+        if self.progress.stopped_early:
+            self.console.print(f"Stopped early at step {self.position.step}: no gain in {config.early_stopping}.")
         return True
+
+    def _settle(self, total: int) -> None:
+        """What is due after a step, or before the first: the evaluation, then the checkpoint."""
+        step, progress = self.position.step, self.progress
+        if progress.evaluation_due:
+            self.evaluate()
+        if step == total or progress.best_step == step or progress.stopped_early or _every(self.config.save_every, step):
+            self.save()
 
     def _guard(self, step: Step) -> None:
         if step.taken:
@@ -237,7 +253,14 @@ class Run:
             found = checkpoint.load(checkpoint.step_path(self.directory.checkpoints, best))
             self.setup.learner.restore(found.tensors("model"), found.tensors("optimizer"))
         self.setup.learner.model.eval()
-        save_model(self.setup.learner.model, self.setup.tokenizer, self.directory.final, adapter=self.setup.adapter)
+        failpoint("final.before")
+        with explained("writing the final model", self.directory.final):
+            save_model(self.setup.learner.model, self.setup.tokenizer, self.directory.final, adapter=self.setup.adapter)
+        failpoint("final.after")
+
+
+def _every(interval: int | None, step: int) -> bool:
+    return bool(interval) and step > 0 and step % (interval or 1) == 0
 
 
 def opening(setup: Setup, total: int) -> str:
@@ -255,6 +278,16 @@ def opening(setup: Setup, total: int) -> str:
 
 def train(method_name: str, config: RunConfig, console: Console) -> int:
     """`preftune train`: run to the end, or to a signal. Returns the exit code; the run directory holds everything else."""
+    with GracefulStop() as stop:
+        stop.patient = False  # until there is something to save
+        try:
+            return _train(method_name, config, console, stop)
+        except Stopped:
+            console.print("Stopped before training; the same command goes on from here.")
+            return stop.exit_code
+
+
+def _train(method_name: str, config: RunConfig, console: Console, stop: GracefulStop) -> int:
     world = World.join(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -270,22 +303,20 @@ def train(method_name: str, config: RunConfig, console: Console) -> int:
         if setup.held_out:
             console.print(f"Held out: {setup.held_out.sentence()}", soft_wrap=True)
         manifest, decision = _manifest(setup, directory)
-        decision = world.share(decision)
-        if decision == "finished":
+        if world.share(decision) == "finished":
             console.print(f"This run is finished: its model is in {config.output}/final.")
             return 0
         if directory is not None and manifest is not None:
             directory.write_manifest(manifest)
         if config.cache_reference and setup.method.reference:
             cache_reference(setup, Path(config.output) / "cache", console)
-        stop = stack.enter_context(GracefulStop())
         run = Run(setup, directory, console, stop)
         total = run.plan()
-        if decision == "resume":
-            run.restore()
-        else:
+        run.restore()
+        if run.saved_step < 0:
             fast_check(setup, console)
         console.print(opening(setup, total), soft_wrap=True)
+        stop.patient = True
         with meter(console, method_name, total, run.position.step) as shown:
             done = run.train(total, shown)
         if done:
@@ -306,11 +337,22 @@ def _manifest(setup: Setup, directory: RunDirectory | None) -> tuple[RunManifest
     hashes = dict(setup.train.hashes)
     if setup.held_out and config.eval_data is not None:
         hashes |= setup.held_out.hashes
+    if config.reference:
+        hashes[config.reference] = fingerprint(locate(config.reference))
+    if config.chat_template:
+        hashes[config.chat_template] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
     session = Session.begin([sys.executable, *sys.argv], torch.get_num_threads())
     current = RunManifest.begin(
-        setup.method.name, config.model_dump(mode="json"), data=hashes, session=session, model_hash=setup.model_hash, parents=_parents(config)
+        setup.method.name,
+        config.model_dump(mode="json"),
+        data=hashes,
+        session=session,
+        model_hash=setup.model_hash,
+        parents=_parents(config),
     )
     decision = directory.decide_resume(current, config.resume, may_change=MAY_CHANGE)
+    if decision == "finished" and not directory.final.is_dir():
+        decision = "resume"
     previous = directory.manifest()
     return (previous.resumed(current) if previous else current), decision
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal, Self
 
-from preftune.errors import UserError
+from preftune.errors import NonFiniteError, UserError
 from preftune.training.durable import explained, replace_file
-from preftune.training.manifest import RUN_FILE, RunManifest, changes, read_manifest
+from preftune.training.manifest import RUN_FILE, RunManifest, Status, changes, read_manifest
 from preftune.training.metrics import METRICS_FILE, MetricsLog
 
 Decision = Literal["fresh", "resume", "finished"]
@@ -27,7 +27,7 @@ class RunDirectory:
     """`with RunDirectory(path) as run:` creates the directory and holds it for this process alone, until the process ends, however it ends.
 
     Raises UserError on entry when the directory cannot be written or another process holds it. A run that an exception ends is marked
-    `interrupted` (KeyboardInterrupt) or `failed` in `run.json`, unless its end was written before.
+    `interrupted` (KeyboardInterrupt), `stopped` (NonFiniteError) or `failed` in `run.json`, unless its end was written before.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,9 @@ class RunDirectory:
         try:
             if error is not None and self._written and self._written.status == "running":
                 with suppress(UserError):  # the first error is the one to show
-                    self.write_manifest(self._written.ended("interrupted" if isinstance(error, KeyboardInterrupt) else "failed"))
+                    ends: dict[type[BaseException], Status] = {KeyboardInterrupt: "interrupted", NonFiniteError: "stopped"}
+                    status: Status = next((end for kind, end in ends.items() if isinstance(error, kind)), "failed")
+                    self.write_manifest(self._written.ended(status))
         finally:
             self.metrics.close()
             if self._lock:
@@ -67,9 +69,9 @@ class RunDirectory:
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace `run.json` atomically."""
         path = self.path / RUN_FILE
+        self._written = manifest  # before it is, so that a signal in the midst of writing still finds a run to mark
         with explained("writing the run's manifest", path):
             replace_file(path, manifest.model_dump_json(indent=2).encode() + b"\n")
-        self._written = manifest
 
     def decide_resume(self, current: RunManifest, mode: ResumeMode, *, may_change: Collection[str] = ()) -> Decision:
         """Whether `current` starts here, goes on with the run that is here, or is already done.

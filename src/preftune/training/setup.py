@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -17,7 +19,7 @@ from preftune.methods import KEEP_REASONS, METHODS, Method
 from preftune.models import load
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel, settle_layout
-from preftune.packing.chat import ChatTokenizer, Tree
+from preftune.packing.chat import ChatTokenizer, Tree, order_scores, preference_matrix
 from preftune.records import Example
 from preftune.training.config import DataConfig, RunConfig
 from preftune.training.distributed import World
@@ -120,10 +122,6 @@ def require(method: Method, examples: Sequence[Example], name: str) -> None:
 
 
 def _untokenised(example: Example) -> Tree:
-    import numpy as np
-
-    from preftune.packing.chat import order_scores, preference_matrix
-
     scores = order_scores(example)
     one = np.zeros(1, dtype=np.int64)
     count = len(example.responses)
@@ -162,6 +160,13 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
 
 
+def seed(value: int) -> None:
+    """Seed every global random generator."""
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
 def prepare(method_name: str, config: RunConfig, world: World, console: Console) -> Setup:
     """Read, judge and tokenise the data, then load the model. Raises UserError for whatever the user can mend."""
     method = METHODS[method_name]
@@ -172,6 +177,8 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
             "dropout would make policy and reference differ before training", where="lora.dropout", fix="Set lora.dropout to 0."
         )
     source = load.locate(config.model)
+    if config.reference:
+        load.locate(config.reference)
     template = None
     if config.chat_template:
         try:
@@ -181,7 +188,7 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
     tokenizer = load.load_tokenizer(source, template=template)
     train = tokenise(train_read, tokenizer, method, config.max_length)
     held = tokenise(held_read, tokenizer, method, config.max_length) if held_read else None
-    torch.manual_seed(config.seed)
+    seed(config.seed)
     compute = compute_dtype(config.precision, world.device)
     notices: list[str] = []
     model, adapter, notice = load_model(method, config, source, compute, world)

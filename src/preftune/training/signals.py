@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the loop to save and stop, the second ends the process at once."""
+"""SIGINT and SIGTERM: the first ends what has nothing to save and asks what has to save and stop; the second ends the process at once."""
 
 import os
 import signal
@@ -11,8 +11,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = "\nStopping after this step, then saving. Send the signal (Ctrl-C) once more to quit at once, without saving.\n"
 
 
+class Stopped(KeyboardInterrupt):
+    """The first signal came while there was nothing to save yet."""
+
+
 class GracefulStop:
     """While open, `requested` is None until the first SIGINT or SIGTERM, then its number; the second exits with 128 + its number.
+
+    While `patient` is False the first one also raises Stopped, wherever the main thread is; set it to True before work that must be saved.
 
     Python runs signal handlers only between bytecodes, so two signals during one long backward pass would look like one.
     The second is therefore counted by a thread that the C-level handler wakes, and ends the process even inside a kernel.
@@ -21,6 +27,7 @@ class GracefulStop:
 
     def __init__(self, notice: str = NOTICE) -> None:
         self.requested: int | None = None
+        self.patient = True
         self._notice = notice.encode()
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -60,6 +67,8 @@ class GracefulStop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = number
+            if not self.patient:
+                raise Stopped
             os.write(2, self._notice)  # print() is not allowed to be entered twice, and this may interrupt one
 
     def _count(self) -> None:
