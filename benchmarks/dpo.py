@@ -166,7 +166,9 @@ def show(results: dict[tuple[str, bool], list[dict[str, Any]]], options: argpars
     system = [k for k in medians if not k[1] and k[0] != "preftune"]
     if True in ours and system:
         for key in system:
-            print(f"{key[0]} as installed (system allocator) takes {medians[key] / ours[True]:.1f}x the time of Preftune as installed (mimalloc)")
+            print(
+                f"{key[0]} as installed (system allocator) takes {medians[key] / ours[True]:.1f}x the time of Preftune as installed (mimalloc)"
+            )
     mine = results["preftune", max(ours)][0]
     work = operations(config, statistics.mean(mine["tokens"][1:]), statistics.mean(mine["response_tokens"][1:]), options.method)
     rate = matmul_rate(options.precision)

@@ -58,7 +58,12 @@ def tokenizer(*, template: str | None = TEMPLATE, bos: bool = False, pad: str = 
 
         inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="<|end|>", pad_token=pad, additional_special_tokens=list(SPECIAL[3:])
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|end|>",
+        pad_token=pad,
+        additional_special_tokens=list(SPECIAL[3:]),
     )
     fast.chat_template = template
     return fast

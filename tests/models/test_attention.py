@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import tiny
 
 from preftune.models import attention
 from preftune.models.attention import NAME, TreePlan, tree_attention
 from preftune.models.policy import LanguageModel, layout_gap, probe_trees, settle_layout
 from preftune.packing.batch import collate
-from tests import tiny
 
 TREES = [tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2), tiny.tree(1, (3, 3, 10), seed=3)]
 
@@ -53,7 +53,9 @@ def test_regression_22_packed_equals_plain_forward_and_gradient(kind, dense_toke
     got = gradients(packed.hf)
     assert got.keys() == expected.keys() and len(got) > 10
     for name, grad in expected.items():
-        torch.testing.assert_close(got[name], grad, atol=1e-5 * max(1.0, grad.abs().max().item()), rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], grad, atol=1e-5 * max(1.0, grad.abs().max().item()), rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
