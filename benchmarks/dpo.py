@@ -166,9 +166,8 @@ def show(results: dict[tuple[str, bool], list[dict[str, Any]]], options: argpars
     system = [k for k in medians if not k[1] and k[0] != "preftune"]
     if True in ours and system:
         for key in system:
-            print(
-                f"{key[0]} as installed (system allocator) takes {medians[key] / ours[True]:.1f}x the time of Preftune as installed (mimalloc)"
-            )
+            ratio = f"{medians[key] / ours[True]:.1f}x the time and {memory[key] / memory['preftune', True]:.1f}x the memory"
+            print(f"{key[0]}, both as installed (mimalloc comes with Preftune): {ratio} of Preftune")
     mine = results["preftune", max(ours)][0]
     work = operations(config, statistics.mean(mine["tokens"][1:]), statistics.mean(mine["response_tokens"][1:]), options.method)
     rate = matmul_rate(options.precision)

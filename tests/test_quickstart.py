@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from preftune import quickstart
+from preftune.cli.console import progress_console
 from preftune.formats import prompt_key, read
 from preftune.training.metrics import read_metrics
 from preftune.training.setup import read_sides
@@ -24,9 +25,9 @@ def done(tmp_path_factory):
         patch.setattr(quickstart, "SHARED", changed)
         patch.setattr(quickstart, "NEW_TOKENS", 8)
         patch.setattr(quickstart, "WRITTEN", 4)
-        assert quickstart.quickstart(root / "out") == 0
+        assert quickstart.quickstart(root / "out", progress_console()) == 0
         before = {p: p.stat().st_mtime_ns for p in (root / "out").rglob("metrics.jsonl")}
-        assert quickstart.quickstart(root / "out") == 0
+        assert quickstart.quickstart(root / "out", progress_console()) == 0
         assert {p: p.stat().st_mtime_ns for p in (root / "out").rglob("metrics.jsonl")} == before and len(before) == 3
     return root / "out"
 

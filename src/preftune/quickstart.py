@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 
 from preftune import formats
-from preftune.cli.console import progress_console
 from preftune.configfile import load as load_config
 from preftune.evaluation.generate import Generated, generate
 from preftune.evaluation.measure import Values, pair_margins, response_values, sequence_kl, token_logps
@@ -92,9 +91,8 @@ PLAN = (
 )
 
 
-def quickstart(output: Path) -> int:
+def quickstart(output: Path, console: Console) -> int:
     """Run all stages into `output` and write `report.html`. Stages that are done are not done again."""
-    console = progress_console()
     start = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     steps = len(PLAN) + 2

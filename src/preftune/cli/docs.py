@@ -1,4 +1,7 @@
-"""Pages written from the code: `python -m preftune.cli.docs [ROOT]` rewrites docs/configuration.md and the methods in README.md."""
+"""Pages written from the code: `python -m preftune.cli.docs [ROOT]` rewrites docs/configuration.md and what stands between markers elsewhere.
+
+`<!-- methods -->` ... `<!-- /methods -->` holds the table of methods, `<!-- method NAME -->` ... `<!-- /method NAME -->` the facts of one.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ from preftune.training.config import RunConfig, run_config
 
 CONFIGURATION = Path("docs/configuration.md")
 README = Path("README.md")
-_MARKED = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
+METHODS_PAGE = Path("docs/methods.md")
+MARKED = (README, METHODS_PAGE)
+"""Pages that a person writes but for what stands between their markers."""
 
+_MARKER = re.compile(r"(<!-- (methods|method ([\w-]+)) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 _INTRODUCTION = """\
@@ -53,8 +59,7 @@ def methods_table() -> str:
     """The methods as a Markdown table."""
     lines = ["| method | title | what each record needs | paper | what it does |", "| --- | --- | --- | --- | --- |"]
     for name, title, needs, paper, summary in method_rows():
-        link = f"[{paper}](https://arxiv.org/abs/{paper})" if _ARXIV.fullmatch(paper) else paper
-        lines.append(f"| `{name}` | {_cell(title)} | {_cell(needs)} | {link} | {_cell(summary)} |")
+        lines.append(f"| `{name}` | {_cell(title)} | {_cell(needs)} | {_paper(paper)} | {_cell(summary)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -64,9 +69,28 @@ def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
         yield name, method.title, method.needs, method.paper or "-", method.summary
 
 
-def with_methods(page: str) -> str:
-    """`page` with the methods table between its markers `<!-- methods -->` and `<!-- /methods -->`, where it has them."""
-    return _MARKED.sub(lambda match: match.group(1) + methods_table() + match.group(2), page)
+def method_facts(name: str) -> str:
+    """What the row of one method says of it, as Markdown: summary, when to use it, and a list of facts and knobs."""
+    method = METHODS[name]
+    kind = run_config(method.knobs, method.defaults, reference=method.reference)
+    metric, way = method.better
+    facts = [
+        f"Each record needs {method.needs}.",
+        f"It trains a {'language model' if method.model == 'policy' else 'model that gives each response a score'}"
+        f"{', compared with a frozen reference' if method.reference else ''}.",
+        f"Weights: {_lower(method.reduction.__doc__)}",
+        f"An evaluation is judged by `{metric}`: {'lower' if way == 'min' else 'higher'} is better.",
+    ]
+    facts += [] if method.first_loss is None else [f"The first loss is {method.first_loss:.6f}, whatever the model and the data."]
+    facts += [f"`{row.key}` (default {row.default}): {row.doc}." for row in keys(kind) if row.key.startswith("method.")]
+    facts += [f"Its own default: `{key}: {row.default}`." for row in keys(kind) if (key := row.key) in method.defaults]
+    facts += [f"Paper: {_paper(method.paper)}."] if method.paper else []
+    return "\n".join([f"{_sentence(method.summary)} {method.when}\n", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+def filled(page: str) -> str:
+    """`page` with everything between markers written anew."""
+    return _MARKER.sub(lambda m: m[1] + (method_facts(m[3]) if m[3] else methods_table()) + m[4], page)
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -102,6 +126,14 @@ def _default(row: Row) -> str:
     return "required" if row.required else f"`{row.default}`" if row.default else ""
 
 
+def _paper(paper: str) -> str:
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if _ARXIV.fullmatch(paper) else paper
+
+
+def _lower(text: str | None) -> str:
+    return (text or "")[:1].lower() + (text or "")[1:]
+
+
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
@@ -114,8 +146,8 @@ def main(root: Path) -> None:
     """Rewrite the pages under `root`."""
     (root / CONFIGURATION).parent.mkdir(exist_ok=True)
     (root / CONFIGURATION).write_text(configuration_page(), encoding="utf-8")
-    readme = root / README
-    readme.write_text(with_methods(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in filter(Path.exists, (root / name for name in MARKED)):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -147,9 +147,10 @@ def data(ctx: typer.Context) -> None:
 @app.command(epilog=_examples("preftune quickstart", "preftune quickstart --output runs/first"))
 def quickstart(output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart")) -> None:
     """Fine-tune, train a reward model, run DPO and evaluate on a bundled model and data, in minutes, with a report."""
+    from preftune.cli.console import progress_console
     from preftune.quickstart import quickstart as run
 
-    raise typer.Exit(run(output) or 0)
+    raise typer.Exit(run(output, progress_console()) or 0)
 
 
 @app.command(epilog=_examples("preftune chat runs/quickstart/dpo/final", "preftune chat smollm2"))

@@ -70,6 +70,6 @@ def pair_metrics(values: Tensor, preference: Tensor) -> Metrics:
     return {
         "accuracy": mean_over(right, share),
         "margin": mean_over(gap, share),
-        "chosen": mean_over(values.unsqueeze(2).expand_as(gap), share),
-        "rejected": mean_over(values.unsqueeze(1).expand_as(gap), share),
+        "chosen_reward": mean_over(values.unsqueeze(2).expand_as(gap), share),
+        "rejected_reward": mean_over(values.unsqueeze(1).expand_as(gap), share),
     }
