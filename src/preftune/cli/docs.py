@@ -1,4 +1,4 @@
-"""Pages written from the code: `python -m preftune.cli.docs [ROOT]` rewrites docs/configuration.md and what stands between markers elsewhere.
+"""Pages written from the code: `python -m preftune.cli.docs [ROOT]` rewrites docs/configuration.md, and what is marked in other pages.
 
 `<!-- methods -->` ... `<!-- /methods -->` holds the table of methods, `<!-- method NAME -->` ... `<!-- /method NAME -->` the facts of one.
 """
@@ -81,9 +81,9 @@ def method_facts(name: str) -> str:
         f"Weights: {_lower(method.reduction.__doc__)}",
         f"An evaluation is judged by `{metric}`: {'lower' if way == 'min' else 'higher'} is better.",
     ]
-    facts += [] if method.first_loss is None else [f"The first loss is {method.first_loss:.6f}, whatever the model and the data."]
+    facts += [] if method.first_loss is None else [f"The first loss is {method.first_loss:.6f} where the starting model is the reference."]
     facts += [f"`{row.key}` (default {row.default}): {row.doc}." for row in keys(kind) if row.key.startswith("method.")]
-    facts += [f"Its own default: `{key}: {row.default}`." for row in keys(kind) if (key := row.key) in method.defaults]
+    facts += [f"Its own default: `{row.key}: {row.default}`." for row in keys(kind) if row.key in method.defaults]
     facts += [f"Paper: {_paper(method.paper)}."] if method.paper else []
     return "\n".join([f"{_sentence(method.summary)} {method.when}\n", *(f"- {fact}" for fact in facts)]) + "\n"
 
