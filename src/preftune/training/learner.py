@@ -34,6 +34,7 @@ class Step:
     metrics: dict[str, float]
     taken: bool
     ids: tuple[str, ...]
+    where: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class Learner:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        ids = tuple(t.id for t in trees)
-        return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids)
+        ids, where = tuple(t.id for t in trees), tuple(t.where for t in trees)
+        return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids, where)
 
     @torch.no_grad()
     def evaluate(

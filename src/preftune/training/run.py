@@ -138,7 +138,7 @@ class Run:
             "tokens": step.tokens,
             "tokens_seen": self.progress.tokens,
             "taken": step.taken,
-            **({} if step.taken else {"records": list(step.ids)}),
+            **({} if step.taken else {"records": list(step.ids), "where": list(step.where)}),
             "seconds": round(seconds, 4),
             "peak_memory": peak_memory(),
         }
@@ -234,7 +234,7 @@ class Run:
         self.progress.bad_steps += 1
         self.console.print(
             f"[yellow]step {self.position.step}: loss {step.loss}, gradient norm {step.grad_norm}: not taken; "
-            f"records {', '.join(step.ids[:8])}{' ...' if len(step.ids) > 8 else ''}[/yellow]",
+            f"records {', '.join(step.where[:8])}{' ...' if len(step.where) > 8 else ''}[/yellow]",
             soft_wrap=True,
         )
         if self.progress.bad_steps > self.config.max_bad_steps:
