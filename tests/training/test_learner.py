@@ -47,7 +47,7 @@ def learner_of(method: str, *, budget: int = 4096, lora: bool = False, packed: b
     torch.manual_seed(1)
     model = (RewardModel if row.model == "reward" else LanguageModel)(inner)
     if lora:
-        Adapter(inner, rank=4, alpha=8, dropout=0.0, targets="all-linear", task="CAUSAL_LM")
+        Adapter(inner, rank=4, alpha=8, dropout=0.0, targets="all-linear")
     model.backbone.use_packed(packed)
     if saving:
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
@@ -187,9 +188,14 @@ def load_classifier(source: Source, dtype: torch.dtype = torch.float32) -> Any |
     return model.eval()
 
 
+def score_head(classifier: Any) -> tuple[str, nn.Linear]:
+    """Name and module of a one-label classifier's head."""
+    return next((name, m) for name, m in classifier.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1)
+
+
 def eos_ids(model: Any) -> tuple[int, ...]:
     """Every id that ends a turn according to the model's generation config."""
-    value = getattr(model.generation_config, "eos_token_id", None) if model.generation_config is not None else None
+    value = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a classifier has no generation config
     if value is None:
         value = model.config.eos_token_id
     if value is None:

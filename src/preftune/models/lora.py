@@ -11,19 +11,24 @@ from typing import Any
 from torch import nn
 
 from preftune.errors import UserError
+from preftune.models.load import score_head
 
 
 class Adapter:
-    """A LoRA adapter on a transformers model, which is changed in place."""
+    """A LoRA adapter on a transformers model, which is changed in place. The head, of words or of a score, gets none."""
 
-    def __init__(self, model: Any, *, rank: int, alpha: float, dropout: float, targets: str | tuple[str, ...], task: str) -> None:
+    def __init__(self, model: Any, *, rank: int, alpha: float, dropout: float, targets: str | tuple[str, ...]) -> None:
         from peft import LoraConfig, get_peft_model
 
         wanted = targets if isinstance(targets, str) else list(targets)
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": wanted, "bias": "none"}
+        if hasattr(model, "prepare_inputs_for_generation"):
+            options["task_type"] = "CAUSAL_LM"
+        else:
+            options["exclude_modules"] = [score_head(model)[0]]
         try:
             with warnings.catch_warnings(action="ignore"):  # what peft still calls by its old name in transformers
-                self.peft = get_peft_model(model, LoraConfig(task_type=task, **options))
+                self.peft = get_peft_model(model, LoraConfig(**options))
         except ValueError as error:
             names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise UserError(f"no layer matches {targets}", where="lora.targets", fix=f"Layers are {', '.join(names)}.") from error

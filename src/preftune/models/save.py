@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from preftune.errors import UserError
-from preftune.models.load import quiet
+from preftune.models.load import quiet, score_head
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel
 from preftune.packing.chat import ChatTokenizer
@@ -104,7 +103,7 @@ def _save_classifier(model: RewardModel, tokenizer: ChatTokenizer, path: Path) -
             classifier = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"transformers has no sequence classifier for {type(config).__name__}", where="model") from error
-    name = next(n for n, m in classifier.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1)
+    name, _ = score_head(classifier)
     prefix = classifier.base_model_prefix
     state = {f"{prefix}.{key}": value for key, value in model.hf.base_model.state_dict().items()}
     state[f"{name}.weight"] = model.head.weight.detach()

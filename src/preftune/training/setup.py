@@ -19,7 +19,8 @@ from preftune.methods import KEEP_REASONS, METHODS, Method
 from preftune.models import load
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel, settle_layout
-from preftune.packing.chat import ChatTokenizer, Tree, order_scores, preference_matrix
+from preftune.packing.chat import REASONS as packing_reasons
+from preftune.packing.chat import ChatTokenizer, Tree, judgements
 from preftune.records import Example
 from preftune.training.config import DataConfig, RunConfig
 from preftune.training.distributed import World
@@ -27,11 +28,7 @@ from preftune.training.learner import Learner
 from preftune.training.progress import meter
 from preftune.training.reference import Reference, attach, cache_key, cached, live_reference
 
-REASONS = {
-    **KEEP_REASONS,
-    "prompt_too_long": "the prompt alone fills max_length, so no response token would be left",
-    "no_response_tokens": "a response has no token at all",
-}
+REASONS = packing_reasons | KEEP_REASONS
 
 
 @dataclass
@@ -122,10 +119,10 @@ def require(method: Method, examples: Sequence[Example], name: str) -> None:
 
 
 def _untokenised(example: Example) -> Tree:
-    scores = order_scores(example)
+    scores, preference = judgements(example)
     one = np.zeros(1, dtype=np.int64)
     count = len(example.responses)
-    return Tree(example.id, example.where, one, (one,) * count, (True,) * count, scores, preference_matrix(example, scores))
+    return Tree(example.id, example.where, one, (one,) * count, (True,) * count, scores, preference)
 
 
 def tokenise(read: Read, tokenizer: ChatTokenizer, method: Method, max_length: int) -> Records:
@@ -211,8 +208,7 @@ def load_model(
     if method.model == "reward":
         classifier = load.load_classifier(source)
         if classifier is not None:
-            head = next(m for m in classifier.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1)
-            model = RewardModel(classifier, head=head, compute=compute)
+            model = RewardModel(classifier, head=load.score_head(classifier)[1], compute=compute)
         else:
             inner = load.load_causal_lm(source)
             model = RewardModel(inner, compute=compute)
@@ -226,7 +222,7 @@ def load_model(
     adapter = None
     if config.lora is not None:
         lora = config.lora
-        adapter = Adapter(model.hf, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, task="CAUSAL_LM")
+        adapter = Adapter(model.hf, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
         model.backbone.hf.to(world.device)
         if isinstance(model, RewardModel):
             model.head.requires_grad_(True)
