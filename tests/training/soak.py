@@ -1,0 +1,108 @@
+"""Kill runs at random moments and compare every byte with an uninterrupted one: `python -m tests.training.soak [SEED]`.
+
+For each method twenty SIGKILLs: one half after a random time, the other half at a random failpoint, so that steps, evaluations, checkpoint
+writes, metrics and the final save are all hit. A table says where each life ended.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests import tiny
+from tests.training import runs
+
+KILLS = 20
+WORDS = ("data.limit=60", "epochs=4", "save_every=1", "eval_every=5", "best_metric=loss")
+CASES = {
+    "sft": (),
+    "sft, LoRA with dropout 0.3": (*runs.LORA, "lora.dropout=0.3"),
+    "reward": (),
+    "dpo": (),
+    "dpo, LoRA, checkpointing": (*runs.LORA, "gradient_checkpointing=true"),
+}
+PLACES = {
+    "step": "in a step",
+    "evaluation": "in an evaluation",
+    "checkpoint": "in a checkpoint write",
+    "metrics": "in the metrics",
+    "final": "in the final save",
+    "none": "before the first failpoint",
+}
+
+
+def killed_once(words: list[str], log: Path, chance: random.Random, names: list[str]) -> str | None:
+    """Start the run and kill it; where its last sign of life was, or None when it came to its end first."""
+    trace = log.with_name("trace")
+    trace.unlink(missing_ok=True)
+    if chance.random() < 0.5:
+        name = chance.choice(names)
+        code = runs.run(words, log, trace, failpoint=f"{name}:kill:{chance.randint(1, 4)}")
+    else:
+        process = runs.start(words, log, trace)
+        deadline = time.monotonic() + 30
+        while not any("microbatch" in name for name in runs.passed(trace)) and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.join(chance.random() * 0.4)
+        process.kill()
+        process.join()
+        code = process.exitcode
+    if code == 0:
+        return None
+    assert code == -signal.SIGKILL, log.read_text()
+    return (runs.passed(trace) or ["none"])[-1]
+
+
+def soak(name: str, folder: Path, model: Path, chance: random.Random) -> bool:
+    """One case: an uninterrupted run, and one killed twenty times. True when they are the same."""
+    method = name.split(",")[0]
+    log, trace = folder / "log", folder / "names"
+    assert runs.run(runs.command(method, model, folder / "whole", *WORDS, *CASES[name]), log, trace) == 0, log.read_text()
+    names = sorted(set(runs.passed(trace)) - {"run.json.replaced", ".writable.replaced", "final.before", "final.after"})
+    words = runs.command(method, model, folder / "run", *WORDS, *CASES[name])
+    ends: Counter[str] = Counter()
+    while ends.total() < KILLS - 1:
+        place = killed_once(words, log, chance, names)
+        assert place is not None, "the run is too short for so many kills"
+        ends[place] += 1
+    assert runs.run(words, log, trace, failpoint="final.before:kill") == -signal.SIGKILL
+    ends["final.before"] += 1
+    assert runs.run(words, log) == 0, log.read_text()
+    steps = sum(row["kind"] == "train" for row in runs.rows(folder / "whole"))
+    try:
+        runs.assert_same(folder / "run", folder / "whole", last_only=True)
+        same = True
+    except AssertionError:
+        same = False
+    by_place = Counter({place: sum(n for end, n in ends.items() if end.split(".")[0] == key) for key, place in PLACES.items()})
+    by_place["while starting"] = ends.total() - by_place.total()
+    places = ", ".join(f"{n} {place}" for place, n in by_place.items() if n)
+    files = len(runs.digests(folder / "whole", last_only=True))
+    verdict = f"{files} files and {len(runs.rows(folder / 'whole'))} rows equal" if same else "DIFFERENT"
+    print(f"| {name} | {steps} | {ends.total()} | {places} | {verdict} |", flush=True)
+    return same
+
+
+def main() -> int:
+    """Print the table; 1 when a case ended with other bytes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    print(f"seed {seed}\n| run | steps | kills | where | against the uninterrupted run |\n| --- | --- | --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        model = tiny.save(Path(root) / "model")
+        good = True
+        for number, name in enumerate(CASES):
+            folder = Path(root) / str(number)
+            folder.mkdir()
+            good &= soak(name, folder, model, random.Random(seed * 100 + number))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
