@@ -40,8 +40,8 @@ def short(path: Path) -> str:
 
 def told(text: str) -> Iterator[str]:
     """Every command that a page or a recipe's comments tell the reader to type."""
-    fences = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line.split("  #")[0].strip() for fence in fences for line in fence.splitlines()]
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.split("  #")[0].strip() for language, fence in fences for line in fence.splitlines() if not language]
     lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
     lines += [line.partition("# ")[2].split(": ")[-1].strip() for line in text.splitlines() if line.startswith("#")]
     return (line for line in lines if re.match(r"([A-Z_]+=\S+ )?(preftune|torchrun|make) ", line))
@@ -117,7 +117,8 @@ def test_every_command_that_is_told_works(path: Path, beside_recipes: set[str]) 
     ],
 )
 def test_a_wrong_command_is_seen(line: str, beside_recipes: set[str]) -> None:
-    assert list(told(f"Text\n```\n{line}\n```\n")) == list(told(f"see `{line}` there")) == list(told(f"# So: {line}")) == [line]
+    places = [f"```json\n{{}}\n```\nText\n```\n{line}\n```\n", f"see `{line}` there", f"# So: {line}"]
+    assert [list(told(place)) for place in places] == [[line]] * 3
     assert mistake(line, beside_recipes)
 
 
