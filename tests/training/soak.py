@@ -19,7 +19,7 @@ from tests import tiny
 from tests.training import runs
 
 KILLS = 20
-WORDS = ("data.limit=60", "epochs=4", "save_every=1", "eval_every=5", "best_metric=loss")
+WORDS = ("data.limit=200", "epochs=4", "save_every=1", "eval_every=5", "best_metric=loss")
 CASES = {
     "sft": (),
     "sft, LoRA with dropout 0.3": (*runs.LORA, "lora.dropout=0.3"),
@@ -49,7 +49,7 @@ def killed_once(words: list[str], log: Path, chance: random.Random, names: list[
         deadline = time.monotonic() + 30
         while not any("microbatch" in name for name in runs.passed(trace)) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.join(chance.random() * 0.4)
+        process.join(chance.random() * 0.25)
         process.kill()
         process.join()
         code = process.exitcode
