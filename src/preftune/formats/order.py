@@ -1,4 +1,4 @@
-"""Who beats whom among the responses of a record."""
+"""Who beats whom among the responses of a record: the one place where ranks, scores, labels and comparisons become an order."""
 
 from __future__ import annotations
 
@@ -9,29 +9,46 @@ from itertools import combinations
 from preftune.records import Example, Response
 
 
+def ordering(example: Example) -> list[float | None]:
+    """One number a response, higher is better, None where nothing orders it.
+
+    The first that the record has decides: comparisons (a response's mean share of wins over those it met, after Copeland), ranks
+    (negated), scores (of a mapping: `overall`), labels. One that only a single response among several carries orders nothing.
+    """
+    if example.comparisons:
+        won: dict[int, list[float]] = defaultdict(list)
+        for (i, j), share in preferences(example).items():
+            won[i].append(share)
+            won[j].append(1 - share)
+        return [sum(won[i]) / len(won[i]) if i in won else None for i in range(len(example.responses))]
+    for value in (_by_rank, _by_score, _by_label):
+        values = [value(response) for response in example.responses]
+        if sum(one is not None for one in values) >= min(2, len(values)):
+            return values
+    return [None] * len(example.responses)
+
+
+def preferences(example: Example) -> dict[tuple[int, int], float]:
+    """Each pair (i, j), i < j, on which something is known: the share of judgements by which response i beats j; 0.5 is a tie.
+
+    Comparisons are averaged over annotators; without any, each pair that `ordering` gives a number to is 1, 0.5 or 0.
+    """
+    if example.comparisons:
+        outcomes: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for one in example.comparisons:
+            first, second = sorted((one.first, one.second))
+            outcomes[first, second].append(one.outcome if one.first == first else 1 - one.outcome)
+        return {pair: sum(values) / len(values) for pair, values in outcomes.items()}
+    known = [(index, value) for index, value in enumerate(ordering(example)) if value is not None]
+    return {(i, j): 0.5 if a == b else float(a > b) for (i, a), (j, b) in combinations(known, 2)}
+
+
 def strict_pairs(example: Example) -> list[tuple[int, int]]:
     """All (better, worse) pairs of response indices; ties and what was never compared give none.
 
-    The first that the record has decides: comparisons (averaged over annotators), ranks, scores (of a mapping: `overall`), labels.
     A K-wise ranking without ties gives K(K-1)/2 pairs.
     """
-    if example.comparisons:
-        return _compared(example)
-    for value in (_by_rank, _by_score, _by_label):
-        values = [value(response) for response in example.responses]
-        if sum(one is not None for one in values) >= 2:
-            known = [(index, one) for index, one in enumerate(values) if one is not None]
-            return [(i, j) if a > b else (j, i) for (i, a), (j, b) in combinations(known, 2) if a != b]
-    return []
-
-
-def _compared(example: Example) -> list[tuple[int, int]]:
-    outcomes: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for one in example.comparisons:
-        first, second = sorted((one.first, one.second))
-        outcomes[first, second].append(one.outcome if one.first == first else 1 - one.outcome)
-    means = {pair: sum(values) / len(values) for pair, values in outcomes.items()}
-    return [(i, j) if mean > 0.5 else (j, i) for (i, j), mean in means.items() if mean != 0.5]
+    return [(i, j) if share > 0.5 else (j, i) for (i, j), share in preferences(example).items() if share != 0.5]
 
 
 _Value = Callable[[Response], float | None]

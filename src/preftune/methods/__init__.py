@@ -45,9 +45,9 @@ Keep = Callable[[Tree], Tree | str]
 
 def keep_best(tree: Tree) -> Tree | str:
     """The best response; all of them where nothing orders them."""
-    if len(tree.responses) == 1 or np.isnan(tree.scores).any():
+    if len(tree.responses) == 1 or np.isnan(tree.scores).all():
         return tree
-    return tree.keep([int(tree.scores.argmax())])
+    return tree.keep([int(np.nanargmax(tree.scores))])
 
 
 def keep_preferred(tree: Tree) -> Tree | str:

@@ -26,7 +26,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         compute: torch.dtype,
     ) -> Tensor:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        lse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        lse = torch.empty(len(hidden), dtype=_accumulate(compute), device=hidden.device)
         picked = torch.empty_like(lse)
         w = weight.to(compute)
         for start in range(0, len(hidden), rows):
@@ -44,14 +44,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         scale, softcap, compute, rows = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=weight.device) if need_bias and bias is not None else None
+        precise = _accumulate(compute)
+        d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if need_weight else None
+        d_bias = torch.zeros(bias.shape, dtype=precise, device=weight.device) if need_bias and bias is not None else None
         w = weight.to(compute)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(compute)
             logits, slope = _logits(h, w, bias, scale, softcap, compute)
-            g = grad[part, None].float()
+            g = grad[part, None].to(precise)
             d = logits.sub_(lse[part, None]).exp_().mul_(-g)
             d.scatter_add_(1, targets[part, None], g)
             if slope is not None:
@@ -64,7 +65,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = (d @ w).to(d_hidden.dtype)
             if d_weight is not None:
-                if compute == torch.float32:
+                if compute == precise:
                     d_weight.addmm_(d.T, h)
                 else:
                     d_weight += d.T @ h
@@ -72,13 +73,18 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None
 
 
+def _accumulate(compute: torch.dtype) -> torch.dtype:
+    """fp32, or float64 where products run in float64."""
+    return torch.promote_types(compute, torch.float32)
+
+
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits [rows, V] and, with a soft cap, their slope with respect to the uncapped logits."""
-    logits = (hidden.to(compute) @ weight.T).float()
+    """Logits [rows, V] in fp32 or better and, with a soft cap, their slope with respect to the uncapped logits."""
+    logits = (hidden.to(compute) @ weight.T).to(_accumulate(compute))
     if bias is not None:
-        logits += bias.float()
+        logits += bias
     if softcap is None:
         return (logits if scale == 1.0 else logits.mul_(scale)), None
     capped = torch.tanh(logits / softcap)
@@ -99,6 +105,6 @@ def chunked_logprobs(
     """[M] fp32 log-probabilities of `targets` [M] given `hidden` [M, D] and the LM head's `weight` [V, D].
 
     Logits are `scale * cap(hidden @ weight.T + bias)`, cap(z) = softcap * tanh(z / softcap) where a soft cap is set; products run in
-    `compute`, softmax in fp32. Equals `log_softmax(...).gather(...)` in value and gradient.
+    `compute`, softmax in fp32 (in float64 for float64 products). Equals `log_softmax(...).gather(...)` in value and gradient.
     """
     return _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute)

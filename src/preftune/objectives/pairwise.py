@@ -6,7 +6,6 @@ p and 1 - p for a soft one, 0 and 0 for a tie or an absent response.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +18,7 @@ def bradley_terry(values: Tensor, preference: Tensor) -> Tensor:
     All pairs of a prompt come from one scoring of its K responses and weigh 1 / P each, P its number of pairs
     (arXiv:2203.02155, eq. 1). A prompt without any pair gives 0.
 
+    >>> import torch
     >>> round(bradley_terry(torch.tensor([[2.0, 1.0, 0.0]]), torch.ones(1, 3, 3).triu(1)).item(), 6)
     0.25115
     """
@@ -30,8 +30,8 @@ def bradley_terry(values: Tensor, preference: Tensor) -> Tensor:
 def reward_pairwise(rewards: Tensor, preference: Tensor, weight: Tensor, centering: float = 0.0) -> tuple[Tensor, Metrics]:
     """Reward-model loss: Bradley-Terry over all pairs, plus `centering` * mean over pairs of (r_i + r_j)^2.
 
-    `rewards` [G, N], `preference` [G, N, N], `weight` [G] summing to 1 over the step. The centering term (arXiv:2312.09244, eq. 2) fixes the
-    constant that Bradley-Terry leaves free.
+    `rewards` [G, N], `preference` [G, N, N], `weight` [G] summing to 1 over the step. The centering term (arXiv:2312.09244, eq. 2)
+    fixes the constant that Bradley-Terry leaves free.
     """
     loss = bradley_terry(rewards, preference)
     if centering:
@@ -46,6 +46,7 @@ def dpo_sigmoid(logp: Tensor, reference: Tensor, preference: Tensor, weight: Ten
     `logp` and `reference` [G, N] are sums over response tokens, the end-of-turn token included; `preference` [G, N, N]; `weight` [G]
     sums to 1 over the step. With more than two responses a prompt's pairs weigh 1 / P each.
 
+    >>> import torch
     >>> one = torch.ones(1)
     >>> loss, _ = dpo_sigmoid(torch.tensor([[-3.0, -5.0]]), torch.tensor([[-4.0, -4.5]]), torch.ones(1, 2, 2).triu(1), one, 0.1)
     >>> round(loss.item(), 6)
@@ -53,8 +54,9 @@ def dpo_sigmoid(logp: Tensor, reference: Tensor, preference: Tensor, weight: Ten
     """
     implicit = beta * (logp - reference)
     metrics = pair_metrics(implicit, preference)
-    wins = preference.sum(2).gt(0) & preference.sum(1).eq(0)
-    metrics["logp_chosen"] = mean_over(logp, wins)
+    lead = preference - preference.mT
+    unbeaten = lead.gt(0).any(2) & ~lead.lt(0).any(2)
+    metrics["logp_chosen"] = mean_over(logp, unbeaten)
     return (bradley_terry(implicit, preference) * weight).sum(), metrics
 
 

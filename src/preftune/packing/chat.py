@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 
 from preftune.errors import UserError
+from preftune.formats.order import ordering, preferences
 from preftune.records import Example, Message
 
 log = logging.getLogger(__name__)
+
+REASONS = {
+    "prompt_too_long": "the prompt alone fills max_length, so no response token would be left",
+    "no_response_tokens": "a response has no token at all",
+    "text_after_turn_end": "a response goes on after an end-of-turn token in its text",
+}
+"""Why a record gives no tree."""
 
 _PROBE = "preftune0probe"
 _ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
@@ -106,10 +114,10 @@ class ChatTokenizer:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             except Exception as error:
                 raise UserError(f"the chat template failed on a plain user/assistant exchange: {error}", where="chat_template") from error
-            tail = self._encode(text.rpartition(_PROBE)[2])
-            for token in tail:
-                if token in self._special:
-                    return token
+            _, found, tail = text.rpartition(_PROBE)
+            ends = [token for token in self._encode(tail) if token in self._special] if found else []
+            if ends:
+                return ends[0]
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no EOS token and its chat template ends an assistant turn with none, so a response could never end",
@@ -131,15 +139,12 @@ class ChatTokenizer:
         return "".join(f"\n\n{_ROLES.get(m.role, m.role.title())}: {m.content}" for m in prompt) + "\n\nAssistant:"
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        """At most one BOS, at position 0, where this tokenizer puts one at all; a lone EOS starts text for models without BOS."""
-        if self._adds_bos:
-            assert self.bos_id is not None
-            while ids[:1] == [self.bos_id]:
-                ids = ids[1:]
-            return [self.bos_id, *ids]
-        if not ids:
-            return [self.bos_id if self.bos_id is not None else self.turn_end]
-        return ids
+        """One BOS at position 0 where the tokenizer or the template puts one at all; something to start from where there is no text."""
+        start = self.turn_end if self.bos_id is None else self.bos_id
+        rest = ids
+        while rest[:1] == [start]:
+            rest = rest[1:]
+        return [start, *rest] if self._adds_bos or len(rest) < len(ids) or not ids else rest
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of the prompt exactly as used at inference."""
@@ -156,21 +161,19 @@ class ChatTokenizer:
         except Exception as error:
             message = f"the chat template refused this conversation: {error}"
             raise UserError(message, where=example.where, fix="Check the order of roles.") from error
-        prompt_ids = self._encode(text)
-        prompt = self._with_bos(prompt_ids)
-        lead = len(prompt) - len(prompt_ids)
+        alone = self._encode(text)
+        prompt = self._with_bos(alone)
         room = None if max_length is None else max_length - len(prompt)
         if room is not None and room <= 0:
             return None, "prompt_too_long", 0, 0
         gap = " " if not self.has_template and not isinstance(example.prompt, str) else ""
         responses, finished, cut, apart = [], [], 0, 0
         for response in example.responses:
-            body = gap + response.text
-            joint = self._encode(text + body)
-            if lead >= 0 and joint[: len(prompt_ids)] == prompt_ids:
-                ids = joint[len(prompt_ids) :]
-            else:
-                ids, apart = self._encode(body), apart + 1
+            found, joined = self._continuation(text, alone, gap + response.text)
+            ids = self._until_turn_end(found)
+            if ids is None:
+                return None, "text_after_turn_end", cut, apart
+            apart += not joined
             if response.finished:
                 ids = [*ids, self.turn_end]
             done = response.finished
@@ -180,7 +183,7 @@ class ChatTokenizer:
             finished.append(done)
         if any(len(r) == 0 for r in responses):
             return None, "no_response_tokens", cut, apart
-        scores = order_scores(example)
+        scores, preference = judgements(example)
         tree = Tree(
             id=example.id,
             where=example.where,
@@ -188,9 +191,26 @@ class ChatTokenizer:
             responses=tuple(responses),
             finished=tuple(finished),
             scores=scores,
-            preference=preference_matrix(example, scores),
+            preference=preference,
         )
         return tree, "", cut, apart
+
+    def _continuation(self, text: str, alone: list[int], body: str) -> tuple[list[int], bool]:
+        """Token ids of `body` behind `text`, whose own ids are `alone`, and whether they are those of the joined text.
+
+        Joining may change the last tokens of `text`, which at inference stand fixed before the response begins; then `body` goes alone.
+        """
+        joint = self._encode(text + body)
+        if joint[: len(alone)] == alone:
+            return joint[len(alone) :], True
+        return self._encode(body), False
+
+    def _until_turn_end(self, ids: list[int]) -> list[int] | None:
+        """A response that brings its own end-of-turn token, without it; None where more text follows: that is no one response."""
+        for at, token in enumerate(ids):
+            if token in self.turn_ends:
+                return None if self.decode(ids[at:]).strip() else ids[:at]
+        return ids
 
     def tokenize(self, examples: Iterable[Example], max_length: int | None) -> Tokenization:
         """All records to trees; every record is in `trees` or counted in `dropped` under a named reason."""
@@ -205,7 +225,7 @@ class ChatTokenizer:
                 result.trees.append(tree)
         if result.joined_apart:
             log.warning(
-                "%d responses were tokenised on their own, because joined with their prompt they would have changed the prompt's last token",
+                "%d responses were tokenised on their own, because joined with their prompt they would change the prompt's last tokens",
                 result.joined_apart,
             )
         return result
@@ -215,31 +235,11 @@ class ChatTokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
 
-def order_scores(example: Example) -> np.ndarray:
-    """[N] scores that order the responses, higher is better: -rank where ranks are given, else the score, else NaN."""
-    responses = example.responses
-    if all(r.rank is not None for r in responses):
-        return np.array([-float(r.rank or 0) for r in responses])
-    if all(isinstance(r.score, (int, float)) for r in responses):
-        return np.array([float(r.score) for r in responses])  # type: ignore[arg-type]
-    if all(r.label is not None for r in responses):
-        return np.array([float(bool(r.label)) for r in responses])
-    return np.full(len(responses), np.nan)
-
-
-def preference_matrix(example: Example, scores: np.ndarray) -> np.ndarray:
-    """[N, N] from the comparisons people made where there are any, else every strict pair that the scores give."""
-    n = len(example.responses)
-    matrix = np.zeros((n, n))
-    if example.comparisons:
-        count = np.zeros((n, n))
-        for c in example.comparisons:
-            matrix[c.first, c.second] += c.outcome
-            matrix[c.second, c.first] += 1 - c.outcome
-            count[c.first, c.second] += 1
-            count[c.second, c.first] += 1
-        matrix = np.divide(matrix, count, out=matrix, where=count > 0)
-        matrix[matrix == matrix.T] = 0.0
-        return matrix
-    with np.errstate(invalid="ignore"):
-        return (scores[:, None] > scores[None, :]).astype(float)
+def judgements(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """[N] `scores` and [N, N] `preference` of a Tree, from whatever people said of the record's responses."""
+    scores = np.array([np.nan if value is None else value for value in ordering(example)], dtype=float)
+    preference = np.zeros((len(scores), len(scores)))
+    for (i, j), share in preferences(example).items():
+        if share != 0.5:
+            preference[i, j], preference[j, i] = share, 1 - share
+    return scores, preference
