@@ -226,7 +226,7 @@ def test_a_template_that_refuses_a_role_names_the_record() -> None:
 
 
 def test_a_template_that_cannot_be_used_is_said_at_once() -> None:
-    with pytest.raises(UserError, match="chat_template: .*no user here"):
+    with pytest.raises(UserError, match=r"chat_template: .*no user here"):
         chat(template="{{ raise_exception('no user here') }}")
 
 
@@ -271,7 +271,9 @@ def test_comparisons_stay_probabilities_and_give_a_best_response() -> None:
     np.testing.assert_allclose(scores, [(1 / 3 + 0.5) / 2, (2 / 3 + 0.75) / 2, (0.5 + 0.25) / 2, np.nan])
 
 
-@given(st.lists(st.tuples(st.none() | st.integers(1, 3), st.none() | st.integers(-1, 1), st.none() | st.booleans()), min_size=1, max_size=5))
+@given(
+    st.lists(st.tuples(st.none() | st.integers(1, 3), st.none() | st.integers(-1, 1), st.none() | st.booleans()), min_size=1, max_size=5)
+)
 def test_the_matrix_and_the_pairs_state_one_order(fields) -> None:
     example = judged(*[Response("r", rank=rank, score=score, label=label) for rank, score, label in fields])
     scores, preference = judgements(example)

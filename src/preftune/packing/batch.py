@@ -99,9 +99,9 @@ class Batch:
         return replace(self, **moved)
 
     def per_response(self, values: Tensor) -> Tensor:
-        """Sum [M] token values into [G, N], in fp32 or better."""
-        grid = torch.zeros(self.present.numel(), dtype=values.dtype, device=values.device)
-        return grid.index_add(0, self.response, values).view(self.present.shape)
+        """Sum [M] token values into [G, N] float64: sums of thousands of log-probabilities are large, and losses read their differences."""
+        grid = torch.zeros(self.present.numel(), dtype=torch.float64, device=values.device)
+        return grid.index_add(0, self.response, values.double()).view(self.present.shape)
 
     def on_grid(self, values: Tensor) -> Tensor:
         """Lay [R] values of responses on the [G, N] grid, zeros where there is no response."""
@@ -140,7 +140,7 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     preference = np.zeros((len(trees), width, width))
     length = np.zeros((len(trees), width))
     known = all(t.reference is not None for t in trees)
-    reference = np.zeros((len(trees), width), dtype=np.float32)
+    reference = np.zeros((len(trees), width))
     at = 0
     for g, tree in enumerate(trees):
         p, n = len(tree.prompt), len(tree.responses)

@@ -46,7 +46,7 @@ class Tree:
     finished: tuple[bool, ...]
     scores: np.ndarray  # [N] float64
     preference: np.ndarray  # [N, N] float64
-    reference: np.ndarray | None = None  # [N] float32, summed log-probabilities under the reference where they were computed before
+    reference: np.ndarray | None = None  # [N] float64, summed log-probabilities under the reference where they were computed before
 
     @property
     def tokens(self) -> int:

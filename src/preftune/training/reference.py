@@ -40,10 +40,10 @@ def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int,
     if file.exists():
         yield len(trees)
         return
-    values = [np.zeros(len(t.responses), dtype=np.float32) for t in trees]
+    values = [np.zeros(len(t.responses)) for t in trees]
     done = 0
     for part in microbatches(trees, budget):
-        grid = reference(collate([trees[i] for i in part]).to(device)).float().cpu().numpy()
+        grid = reference(collate([trees[i] for i in part]).to(device)).double().cpu().numpy()
         for row, index in enumerate(part):
             values[index] = grid[row, : len(values[index])]
         done += len(part)

@@ -1,0 +1,140 @@
+"""Chunked log-probabilities against log_softmax and gather: values, gradients, precision, and what is held at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from preftune.models import logprobs
+from preftune.models.logprobs import chunked_logprobs
+
+ROWS, WIDTH, VOCABULARY = 23, 12, 40
+OPTIONS = [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 1.7, "softcap": 2.0}]
+IDS = ["plain", "scale", "softcap", "scale and softcap"]
+
+
+def inputs(*, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (ROWS,), generator=random)
+    return draw(ROWS, WIDTH), draw(VOCABULARY, WIDTH), draw(VOCABULARY) if bias else None, targets
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None):
+    """Transformers' way: all logits at once."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits * scale, -1).gather(1, targets[:, None]).squeeze(1)
+
+
+def rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * VOCABULARY * rows)
+
+
+def run(function, leaves: tuple[Tensor | None, ...], *args, **options) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities, and the gradients of an uneven sum of them."""
+    out = function(*args, **options)
+    asked = [leaf for leaf in leaves if leaf is not None]
+    return out, list(torch.autograd.grad((out * torch.linspace(-1, 2, len(out), dtype=out.dtype)).sum(), asked))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 22, 23, 24, 1000])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_regression_15_chunked_equals_plain(options: dict, bias: bool, rows: int, monkeypatch) -> None:
+    rows_at_once(monkeypatch, rows)
+    hidden, weight, b, targets = inputs(bias=bias)
+    ours = run(chunked_logprobs, (hidden, weight, b), hidden, weight, targets, bias=b, **options)
+    theirs = run(plain, (hidden, weight, b), hidden, weight, targets, bias=b, **options)
+    assert ours[0].dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_regression_15_gradients_by_finite_differences(options: dict, monkeypatch) -> None:
+    rows_at_once(monkeypatch, 9)
+    hidden, weight, bias, targets = inputs(dtype=torch.float64)
+    function = lambda h, w, b: chunked_logprobs(h, w, targets, bias=b, compute=torch.float64, **options)
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_regression_15_bf16_products_over_fp32_weights(options: dict, rows: int, monkeypatch) -> None:
+    """As autocast does it: bf16 products, fp32 softmax, fp32 gradients of fp32 leaves; chunks add up in fp32."""
+    rows_at_once(monkeypatch, rows)
+    hidden, weight, bias, targets = inputs()
+    ours = run(chunked_logprobs, (hidden, weight, bias), hidden, weight, targets, bias=bias, compute=torch.bfloat16, **options)
+    rounded = hidden.bfloat16().float(), weight.bfloat16().float()
+    theirs = run(plain, (hidden, weight, bias), *rounded, targets, bias=bias, **options)
+    assert [g.dtype for g in ours[1]] == [torch.float32] * 3 and ours[0].dtype == torch.float32
+    torch.testing.assert_close(ours[0], theirs[0], atol=0.06, rtol=0.01)
+    for got, expected in zip(ours[1], theirs[1], strict=True):
+        assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_gradients_are_made_only_where_they_are_wanted() -> None:
+    hidden, weight, bias, targets = inputs()
+    wanted = run(chunked_logprobs, (hidden,), hidden, weight.detach(), targets, bias=bias.detach())
+    everything = run(chunked_logprobs, (hidden, weight, bias), hidden, weight, targets, bias=bias)
+    assert torch.equal(wanted[1][0], everything[1][0])
+    frozen = run(chunked_logprobs, (weight,), hidden.detach(), weight, targets, bias=bias.detach())
+    assert torch.equal(frozen[1][0], everything[1][1])
+
+
+def test_no_rows() -> None:
+    hidden, weight, _, targets = inputs()
+    out, (grad,) = run(chunked_logprobs, (weight,), hidden[:0], weight, targets[:0])
+    assert out.shape == (0,) and not grad.any()
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_regression_29_a_sum_over_4096_tokens_stays_near_float64(size: float) -> None:
+    """fp32 softmax and sum over a real vocabulary's width: bf16 products, rounded before the softmax, cost 1e-3."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4096, 16, generator=random)
+    weight = torch.randn(2048, 16, generator=random) * size / 4
+    targets = torch.randint(2048, (4096,), generator=random)
+    exact = plain(hidden.double(), weight.double(), targets).sum().item()
+    assert chunked_logprobs(hidden, weight, targets).sum().item() == pytest.approx(exact, rel=1e-6)
+    rough = chunked_logprobs(hidden, weight, targets, compute=torch.bfloat16)
+    assert rough.dtype == torch.float32 and rough.sum().item() == pytest.approx(exact, rel=1e-3)
+
+
+def test_logits_far_from_zero_stay_finite() -> None:
+    hidden, weight, _, targets = inputs()
+    out, grads = run(chunked_logprobs, (hidden, weight), hidden * 1e3, weight * 1e2, targets)
+    assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation gave back, weights' shape apart."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.elements = weight, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.shape not in (self.weight.shape, self.weight.T.shape):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_the_logits_of_all_positions_are_never_held_at_once(options: dict, monkeypatch) -> None:
+    rows_at_once(monkeypatch, 4)
+    hidden, weight, bias, targets = inputs()
+    with Largest(weight) as ours:
+        run(chunked_logprobs, (hidden, weight, bias), hidden, weight, targets, bias=bias, **options)
+    with Largest(weight) as theirs:
+        run(plain, (hidden, weight, bias), hidden, weight, targets, bias=bias, **options)
+    assert theirs.elements == ROWS * VOCABULARY
+    assert ours.elements == max(4 * VOCABULARY, ROWS * WIDTH)

@@ -1,0 +1,222 @@
+"""Pairwise reward model and DPO against the hand-worked numbers of methods C.2 and E.1, and finite differences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from preftune.objectives.pairwise import bradley_terry, dpo_sigmoid, pair_metrics, reward_pairwise
+
+VALUE = st.floats(-6, 6)
+
+
+def t(*values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def ranked(n: int, groups: int = 1) -> Tensor:
+    """Preference of responses that stand best first."""
+    return torch.ones(groups, n, n, dtype=torch.float64).triu(1)
+
+
+def mean_weight(groups: int) -> Tensor:
+    return torch.full((groups,), 1 / groups, dtype=torch.float64)
+
+
+def reward(values, preference: Tensor | None = None, **options) -> Tensor:
+    rewards = values if isinstance(values, Tensor) else t(*values)
+    preference = ranked(rewards.shape[1], len(rewards)) if preference is None else preference
+    return reward_pairwise(rewards, preference, mean_weight(len(rewards)), **options)[0]
+
+
+def dpo(logp, reference, *, beta: float = 0.1) -> Tensor:
+    return dpo_sigmoid(t(logp), t(reference), ranked(len(logp)), mean_weight(1), beta)[0]
+
+
+def mean(metrics, name: str) -> float:
+    above, below = metrics[name]
+    return (above / below).item()
+
+
+# ---------------------------------------------------------------- the reward model, C.2
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 9])
+def test_equal_rewards_lose_ln_2_for_any_k(k: int) -> None:
+    assert reward([[1.7] * k]).item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_three_in_the_right_order() -> None:
+    assert reward([[2, 1, 0]]).item() == pytest.approx(0.251150, abs=1e-6)
+
+
+def test_the_mean_over_records() -> None:
+    assert reward([[1, 0], [2, 2.5]]).item() == pytest.approx(0.643669, abs=1e-6)
+
+
+def test_the_gradient_at_equality_for_four() -> None:
+    rewards = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    reward(rewards).backward()
+    torch.testing.assert_close(rewards.grad, t([-1 / 4, -1 / 12, 1 / 12, 1 / 4]))
+
+
+def test_a_prompt_weighs_the_same_however_many_pairs_it_has() -> None:
+    """Nine responses (36 pairs) at equality and one pair at equality: the same loss, and half the weight each."""
+    preference = torch.zeros(2, 9, 9, dtype=torch.float64)
+    preference[0], preference[1, 0, 1] = ranked(9)[0], 1
+    rewards = torch.zeros(2, 9, dtype=torch.float64)
+    rewards[1, 0] = 1
+    assert reward(rewards, preference).item() == pytest.approx((math.log(2) + 0.3132617) / 2, abs=1e-6)
+
+
+@given(st.lists(VALUE, min_size=2, max_size=5), VALUE)
+def test_rewards_are_free_up_to_a_constant(values: list[float], shift: float) -> None:
+    assert reward([[v + shift for v in values]]).item() == pytest.approx(reward([values]).item(), abs=1e-9)
+
+
+@given(st.lists(VALUE, min_size=2, max_size=5), st.data())
+def test_against_the_pairs_written_out(values: list[float], data) -> None:
+    """Any judgement of each pair: first better, second better, a tie, or a probability."""
+    n = len(values)
+    preference = torch.zeros(1, n, n, dtype=torch.float64)
+    total, count = 0.0, 0.0
+    for i, j in itertools.combinations(range(n), 2):
+        share = data.draw(st.sampled_from([None, 0.0, 1.0, 0.7]))
+        if share is not None:
+            preference[0, i, j], preference[0, j, i] = share, 1 - share
+            total -= share * math.log(1 / (1 + math.exp(values[j] - values[i])))
+            total -= (1 - share) * math.log(1 / (1 + math.exp(values[i] - values[j])))
+            count += 1
+    expected = total / count if count else 0.0
+    assert reward([values], preference).item() == pytest.approx(expected, abs=1e-9)
+    rewards = t(values).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r: reward(r, preference, centering=0.3), rewards)
+
+
+def test_a_soft_label_is_least_where_the_odds_are_its_own() -> None:
+    """-[p log sigma(D) + (1 - p) log sigma(-D)] at p = 0.7: least at D = ln(0.7 / 0.3), where it is the entropy."""
+    soft = torch.zeros(1, 2, 2, dtype=torch.float64)
+    soft[0, 0, 1], soft[0, 1, 0] = 0.7, 0.3
+    rewards = t([math.log(0.7 / 0.3), 0.0]).requires_grad_()
+    loss = reward(rewards, soft)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), abs=1e-12)
+    assert rewards.grad.abs().max() < 1e-12
+    assert reward([[0.4, 0.4]], soft).item() == pytest.approx(math.log(2))
+
+
+def test_centering_adds_the_square_of_the_pairs_sum() -> None:
+    """Rewards (2, 1, 0): sums 3, 2, 1, so the mean square is 14 / 3; and it takes the free constant away."""
+    plain = reward([[2, 1, 0]]).item()
+    assert reward([[2, 1, 0]], centering=0.01).item() == pytest.approx(plain + 0.01 * 14 / 3, abs=1e-12)
+    rewards = t([[3.0, 2.0]][0]).requires_grad_()
+    reward(rewards, centering=0.5).backward()
+    assert rewards.grad.sum().item() == pytest.approx(2 * 0.5 * 2 * 5)
+
+
+@pytest.mark.parametrize("gap", [89.0, 1e3, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_regression_37_large_differences_stay_finite(gap: float, dtype: torch.dtype) -> None:
+    """log(1 + exp(x)) overflows from x = 88.7 in fp32; softplus is x, with slope 1 over the pairs."""
+    rewards = torch.tensor([[0.0, gap]], dtype=dtype, requires_grad=True)
+    loss = bradley_terry(rewards, ranked(2).to(dtype)).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(gap) and rewards.grad.tolist() == [[-1, 1]]
+    right = torch.tensor([[gap, 0.0]], dtype=dtype, requires_grad=True)
+    assert bradley_terry(right, ranked(2).to(dtype)).item() == pytest.approx(0, abs=1e-30)
+
+
+def test_no_pair_no_loss_and_no_gradient() -> None:
+    rewards = t([3.0, 1.0], [1.0, 2.0]).requires_grad_()
+    preference = torch.zeros(2, 2, 2, dtype=torch.float64)
+    preference[1, 1, 0] = 1
+    assert bradley_terry(rewards, preference).tolist() == [0, pytest.approx(0.3132617)]
+    reward(rewards, preference).backward()
+    assert rewards.grad[0].tolist() == [0, 0] and (rewards.grad[1] != 0).all()
+
+
+# ---------------------------------------------------------------- DPO, E.1
+
+
+def test_dpo_starts_at_ln_2_with_no_preference_of_its_own() -> None:
+    loss, metrics = dpo_sigmoid(t([-3.0, -7.0]), t([-3.0, -7.0]), ranked(2), mean_weight(1), 0.1)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
+    assert mean(metrics, "accuracy") == 0.5 and mean(metrics, "margin") == 0
+
+
+def test_dpo_at_a_margin_of_one() -> None:
+    """beta D = 1: loss .313262, and the gradient weighs beta * sigma(-1) = .268941 beta."""
+    logp = t([-3.0, -8.0]).requires_grad_()
+    loss, _ = dpo_sigmoid(logp, t([-5.0, -5.0]), ranked(2), mean_weight(1), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.313262, abs=1e-6)
+    torch.testing.assert_close(logp.grad, 0.2 * t([-0.268941, 0.268941]), atol=1e-6, rtol=0)
+
+
+def test_dpo_by_hand() -> None:
+    """logps (-3, -5), reference (-4, -4.5), beta .1: beta D = .15, gradients -+.0462570."""
+    logp, reference = t([-3.0, -5.0]).requires_grad_(), t([-4.0, -4.5]).requires_grad_()
+    loss, metrics = dpo_sigmoid(logp, reference.detach(), ranked(2), mean_weight(1), 0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.15)), abs=1e-12)
+    torch.testing.assert_close(logp.grad, t([-0.0462570, 0.0462570]), atol=1e-7, rtol=0)
+    wanted = {"accuracy": 1, "margin": 0.15, "chosen_reward": 0.1, "rejected_reward": -0.05, "logp_chosen": -3}
+    assert {name: mean(metrics, name) for name in metrics} == pytest.approx(wanted)
+
+
+@given(VALUE, VALUE, VALUE, VALUE, st.floats(0.01, 2))
+def test_dpo_swapped(a: float, b: float, ra: float, rb: float, beta: float) -> None:
+    """L(-D) = L(D) + beta D."""
+    margin = beta * ((a - ra) - (b - rb))
+    assert dpo([b, a], [rb, ra], beta=beta).item() == pytest.approx(dpo([a, b], [ra, rb], beta=beta).item() + margin, abs=1e-9)
+
+
+@given(st.lists(st.tuples(VALUE, VALUE), min_size=2, max_size=4), st.floats(0.01, 2))
+def test_dpo_gradients_by_finite_differences(values: list[tuple[float, float]], beta: float) -> None:
+    logp, reference = t([a for a, _ in values]).requires_grad_(), t([b for _, b in values])
+    check = lambda x: dpo_sigmoid(x, reference, ranked(len(values)), mean_weight(1), beta)[0]
+    assert torch.autograd.gradcheck(check, logp)
+
+
+def test_dpo_of_a_ranking_is_bradley_terry_over_its_implicit_rewards() -> None:
+    logp, reference = t([-3.0, -5.0, -4.0]), t([-4.0, -4.5, -4.0])
+    loss, _ = dpo_sigmoid(logp, reference, ranked(3), mean_weight(1), 0.1)
+    pairs = [math.log(1 + math.exp(-d)) for d in (0.15, 0.10, -0.05)]
+    assert loss.item() == pytest.approx(sum(pairs) / 3, abs=1e-12)
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+def test_a_tie_is_half_right() -> None:
+    assert mean(pair_metrics(t([1.0, 0.0], [0.0, 1.0], [2.0, 2.0]), ranked(2, 3)), "accuracy") == 0.5
+    assert mean(pair_metrics(t([2.0, 2.0]), ranked(2)), "accuracy") == 0.5
+
+
+def test_metrics_count_each_pair_once_and_each_prompt_alike() -> None:
+    """Prompt 0 ranks three, values (2, 0, 1): pairs right, right, wrong. Prompt 1 prefers its second: wrong. Prompt 2 has no pair."""
+    values = t([2.0, 0.0, 1.0], [5.0, 3.0, 0.0], [9.0, 9.0, 9.0])
+    preference = torch.zeros(3, 3, 3, dtype=torch.float64)
+    preference[0], preference[1, 1, 0] = ranked(3)[0], 1
+    metrics = pair_metrics(values.requires_grad_(), preference)
+    assert all(below.item() == pytest.approx(2) for _, below in metrics.values())
+    assert mean(metrics, "accuracy") == pytest.approx((2 / 3 + 0) / 2)
+    assert mean(metrics, "margin") == pytest.approx(((2 + 1 - 1) / 3 + -2) / 2)
+    assert mean(metrics, "chosen_reward") == pytest.approx(((2 + 2 + 0) / 3 + 3) / 2)
+    assert mean(metrics, "rejected_reward") == pytest.approx(((0 + 1 + 1) / 3 + 5) / 2)
+    assert not any(part.requires_grad for ratio in metrics.values() for part in ratio)
+
+
+def test_the_chosen_logp_is_that_of_responses_nobody_beats() -> None:
+    """Best first among (-1, -2, -3); by soft labels the second of (-4, -5); a tie and an absent response count for nothing."""
+    logp = t([-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0], [-6.0, -7.0, 0.0])
+    preference = torch.zeros(3, 3, 3, dtype=torch.float64)
+    preference[0], preference[1, 0, 1], preference[1, 1, 0] = ranked(3)[0], 0.3, 0.7
+    _, metrics = dpo_sigmoid(logp, logp, preference, mean_weight(3), 0.1)
+    assert [part.item() for part in metrics["logp_chosen"]] == [-6, 2]

@@ -1,0 +1,215 @@
+"""Trees to micro-batches, against brute force: positions, what predicts what, weights that no cut changes, bins that lose no tree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests import tiny
+
+from preftune.packing.batch import Totals, by_prompt, by_response, by_token, collate, microbatches
+
+REDUCTIONS = (by_token, by_response, by_prompt)
+SHAPES = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4)), min_size=1, max_size=6)
+
+
+def forest(shapes):
+    return [tiny.tree(p, tuple(rs), seed=i) for i, (p, rs) in enumerate(shapes)]
+
+
+def brute(trees):
+    """Every packed token as (tree, response or None, place), and the packed index of each."""
+    tokens = []
+    for g, tree in enumerate(trees):
+        tokens += [(g, None, i) for i in range(len(tree.prompt))]
+        tokens += [(g, n, i) for n, response in enumerate(tree.responses) for i in range(len(response))]
+    return tokens, {token: index for index, token in enumerate(tokens)}
+
+
+@given(SHAPES)
+def test_every_token_stands_once_and_positions_restart(shapes) -> None:
+    trees = forest(shapes)
+    batch = collate(trees)
+    tokens, _ = brute(trees)
+    assert batch.tokens == len(tokens) == sum(t.tokens for t in trees)
+    for index, (g, n, i) in enumerate(tokens):
+        prompt = trees[g].prompt
+        assert batch.input_ids[index] == (prompt[i] if n is None else trees[g].responses[n][i])
+        assert batch.position_ids[index] == (i if n is None else len(prompt) + i)
+
+
+@given(SHAPES)
+def test_each_response_token_is_predicted_by_the_one_before_it(shapes) -> None:
+    trees = forest(shapes)
+    batch = collate(trees)
+    _, at = brute(trees)
+    width = max(len(t.responses) for t in trees)
+    m = 0
+    for g, tree in enumerate(trees):
+        for n, response in enumerate(tree.responses):
+            for i, token in enumerate(response):
+                before = (g, n, i - 1) if i else (g, None, len(tree.prompt) - 1)
+                assert (batch.predict[m], batch.targets[m], batch.response[m]) == (at[before], token, g * width + n)
+                m += 1
+    assert m == len(batch.predict) == len(batch.targets) == len(batch.response)
+    ends = [(g, n, len(r) - 1) for g, t in enumerate(trees) for n, r in enumerate(t.responses)]
+    assert batch.last.tolist() == [at[end] for end in ends]
+    assert batch.cell.tolist() == [g * width + n for g, n, _ in ends]
+
+
+@given(SHAPES)
+def test_the_layout_names_every_response(shapes) -> None:
+    trees = forest(shapes)
+    layout = collate(trees).layout
+    _, at = brute(trees)
+    expected = [
+        (at[g, None, 0], len(tree.prompt), at[g, n, 0], len(response))
+        for g, tree in enumerate(trees)
+        for n, response in enumerate(tree.responses)
+    ]
+    assert layout.rows() == expected and layout.lengths == tuple(t.tokens for t in trees)
+
+
+@given(SHAPES)
+def test_grids_hold_the_records_and_nothing_where_there_is_no_response(shapes) -> None:
+    trees = forest(shapes)
+    batch = collate(trees)
+    for g, tree in enumerate(trees):
+        n = len(tree.responses)
+        assert batch.present[g].tolist() == [i < n for i in range(batch.present.shape[1])]
+        assert batch.length[g, :n].tolist() == [len(r) for r in tree.responses] and not batch.length[g, n:].any()
+        assert batch.scores[g, :n].tolist() == tree.scores.tolist() and batch.scores[g, n:].isnan().all()
+        assert batch.preference[g, :n, :n].tolist() == tree.preference.tolist()
+        assert batch.preference[g].sum() == tree.preference.sum()
+    assert batch.ids == tuple(t.id for t in trees) and batch.reference_logp is None
+
+
+@given(SHAPES)
+def test_sums_and_places_on_the_grid(shapes) -> None:
+    trees = forest(shapes)
+    batch = collate(trees)
+    tokens = torch.arange(1.0, len(batch.targets) + 1, dtype=torch.float64)
+    sums, places = batch.per_response(tokens), batch.on_grid(torch.arange(1.0, len(batch.last) + 1))
+    expected, seen = torch.zeros_like(sums), torch.zeros_like(places)
+    m = r = 0
+    for g, tree in enumerate(trees):
+        for n, response in enumerate(tree.responses):
+            expected[g, n], seen[g, n] = tokens[m : m + len(response)].sum(), r + 1
+            m, r = m + len(response), r + 1
+    assert torch.equal(sums, expected) and torch.equal(places, seen)
+
+
+def test_reference_logps_travel_only_when_all_are_known() -> None:
+    import dataclasses
+
+    a, b = tiny.tree(3, (2, 4), seed=1), tiny.tree(2, (3,), seed=2)
+    known = [dataclasses.replace(a, reference=np.array([-1.5, -2.5])), dataclasses.replace(b, reference=np.array([-3.0]))]
+    assert collate(known).reference_logp.tolist() == [[-1.5, -2.5], [-3.0, 0.0]]
+    assert collate([known[0], b]).reference_logp is None
+    assert collate([known[0].keep([1])]).reference_logp.tolist() == [[-2.5]]
+
+
+def test_keep_takes_everything_of_a_response_along() -> None:
+    tree = tiny.tree(3, (2, 4, 5), seed=1)
+    kept = tree.keep([2, 0])
+    assert [r.tolist() for r in kept.responses] == [tree.responses[2].tolist(), tree.responses[0].tolist()]
+    assert kept.scores.tolist() == [-2, 0] and kept.preference.tolist() == [[0, 0], [1, 0]] and kept.tokens == 3 + 5 + 2
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="record t0 has an empty prompt"):
+        collate([tiny.tree(0, (3,))])
+
+
+def test_moving_a_batch_moves_all_its_tensors() -> None:
+    batch = collate([tiny.tree(3, (2, 4))])
+    moved = batch.to("meta")
+    tensors = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 13 and all(getattr(moved, name).is_meta for name in tensors) and moved.layout == batch.layout
+
+
+# ---------------------------------------------------------------- weights
+
+
+@given(SHAPES, st.sampled_from(REDUCTIONS), st.integers(1, 60), st.integers(1, 3))
+def test_weights_sum_to_1_over_the_step_under_any_cut(shapes, reduction, budget: int, processes: int) -> None:
+    """Whatever the micro-batches and processes, each token and prompt weighs what it weighs in the whole step."""
+    trees = forest(shapes)
+    totals = Totals.of(trees)
+    whole = collate(trees, totals, reduction)
+    assert whole.token_weight.double().sum() == pytest.approx(1, abs=1e-6)
+    assert whole.prompt_weight.double().sum() == pytest.approx(1, abs=1e-6)
+    of_tree = dict(zip((t.id for t in trees), whole.token_weight.split([t.response_tokens for t in trees]), strict=True))
+    seen = 0
+    for rank in range(processes):
+        for part in microbatches(trees, budget, processes, rank):
+            chosen = [trees[i] for i in part]
+            batch = collate(chosen, totals, reduction)
+            assert torch.equal(batch.token_weight, torch.cat([of_tree[t.id] for t in chosen]))
+            assert torch.equal(batch.prompt_weight, torch.full((len(part),), 1 / len(trees)))
+            seen += len(part)
+    assert seen == len(trees)
+
+
+def test_what_each_reduction_weighs_the_same() -> None:
+    """Two prompts: one response of 3 tokens; responses of 1 and 2 tokens."""
+    trees = [tiny.tree(2, (3,)), tiny.tree(4, (1, 2))]
+    weights = {reduction.__name__: collate(trees, reduction=reduction).token_weight.double() for reduction in REDUCTIONS}
+    expected = {
+        "by_token": [1 / 6] * 6,
+        "by_response": [1 / 9, 1 / 9, 1 / 9, 1 / 3, 1 / 6, 1 / 6],
+        "by_prompt": [1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 8, 1 / 8],
+    }
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, torch.tensor(expected[name], dtype=torch.float64), atol=1e-7, rtol=0)
+    assert Totals.of(trees) == Totals(tokens=6, responses=3, prompts=2)
+
+
+def test_the_token_mean_of_a_step_is_no_mean_of_means() -> None:
+    """Oracle of methods 0.3: micro-batches of (sum 6, 3 tokens) and (sum 4, 1 token) give 10 / 4."""
+    trees = [tiny.tree(1, (3,)), tiny.tree(1, (1,))]
+    losses = [torch.full((3,), 2.0), torch.tensor([4.0])]
+    totals = Totals.of(trees)
+    assert sum(float(collate([t], totals).token_weight @ loss) for t, loss in zip(trees, losses, strict=True)) == 2.5
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+@given(SHAPES, st.integers(1, 40))
+def test_micro_batches_hold_every_tree_once_longest_first_within_the_budget(shapes, budget: int) -> None:
+    trees = forest(shapes)
+    parts = microbatches(trees, budget)
+    assert sorted(i for part in parts for i in part) == list(range(len(trees)))
+    for part in parts:
+        sizes = [trees[i].tokens for i in part]
+        assert sum(sizes) <= budget or len(part) == 1
+        assert sizes == sorted(sizes, reverse=True)
+    firsts = [trees[part[0]].tokens for part in parts]
+    assert firsts == sorted(firsts, reverse=True) and firsts[0] == max(t.tokens for t in trees)
+    loads = [sum(trees[i].tokens for i in part) for part in parts]
+    for a in range(len(parts)):  # first fit: what opens a bin did not fit in any bin before it
+        assert all(loads[a] + firsts[b] > budget for b in range(a + 1, len(parts)))
+
+
+@given(SHAPES, st.integers(1, 40), st.integers(1, 5))
+def test_processes_share_the_trees(shapes, budget: int, processes: int) -> None:
+    trees = forest(shapes)
+    shares = [microbatches(trees, budget, processes, rank) for rank in range(processes)]
+    assert sorted(i for share in shares for part in share for i in part) == list(range(len(trees)))
+    for part in (part for share in shares for part in share):
+        assert sum(trees[i].tokens for i in part) <= budget or len(part) == 1
+
+
+def test_processes_get_like_shares() -> None:
+    """Eight equal trees that fit in one micro-batch are still dealt out, four to each of two processes."""
+    trees = forest([(4, [4])] * 8)
+    shares = [microbatches(trees, 10_000, 2, rank) for rank in range(2)]
+    assert [sum(len(part) for part in share) for share in shares] == [4, 4]
+    assert microbatches(trees, 10_000, 1, 0) == [list(range(8))]
+
+
+def test_a_process_may_get_nothing() -> None:
+    assert [microbatches(forest([(4, [4])]), 100, 3, rank) for rank in range(3)] == [[[0]], [], []]
