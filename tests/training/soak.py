@@ -37,13 +37,14 @@ PLACES = {
 }
 
 
-def killed_once(words: list[str], log: Path, chance: random.Random, names: list[str]) -> str | None:
+def killed_once(words: list[str], log: Path, chance: random.Random, names: Counter[str]) -> str | None:
     """Start the run and kill it; where its last sign of life was, or None when it came to its end first."""
     trace = log.with_name("trace")
     trace.unlink(missing_ok=True)
     if chance.random() < 0.5:
-        name = chance.choice(names)
-        code = runs.run(words, log, trace, failpoint=f"{name}:kill:{chance.randint(1, 4)}")
+        name = chance.choice(sorted(names))
+        nth = chance.randint(1, 4) if names[name] > KILLS else 1  # what a life passes once only
+        code = runs.run(words, log, trace, failpoint=f"{name}:kill:{nth}")
     else:
         process = runs.start(words, log, trace)
         deadline = time.monotonic() + 30
@@ -64,7 +65,7 @@ def soak(name: str, folder: Path, model: Path, chance: random.Random) -> bool:
     method = name.split(",")[0]
     log, trace = folder / "log", folder / "names"
     assert runs.run(runs.command(method, model, folder / "whole", *WORDS, *CASES[name]), log, trace) == 0, log.read_text()
-    names = sorted(set(runs.passed(trace)) - {"run.json.replaced", ".writable.replaced", "final.before", "final.after"})
+    names = Counter(name for name in runs.passed(trace) if not name.startswith("final"))
     words = runs.command(method, model, folder / "run", *WORDS, *CASES[name])
     ends: Counter[str] = Counter()
     while ends.total() < KILLS - 1:
