@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import tiny
 
 from preftune.packing.batch import Totals, by_prompt, by_response, by_token, collate, microbatches
+from tests import tiny
 
 REDUCTIONS = (by_token, by_response, by_prompt)
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4)), min_size=1, max_size=6)
@@ -99,6 +99,13 @@ def test_sums_and_places_on_the_grid(shapes) -> None:
             expected[g, n], seen[g, n] = tokens[m : m + len(response)].sum(), r + 1
             m, r = m + len(response), r + 1
     assert torch.equal(sums, expected) and torch.equal(places, seen)
+
+
+def test_regression_29_sums_of_fp32_log_probabilities_are_float64() -> None:
+    batch = collate([tiny.tree(2, (4096, 3))])
+    tokens = -torch.rand(4099, generator=torch.Generator().manual_seed(0)) * 20
+    exact = [part.sum().item() for part in tokens.double().split([4096, 3])]
+    assert batch.per_response(tokens)[0].tolist() == pytest.approx(exact, rel=1e-14)
 
 
 def test_reference_logps_travel_only_when_all_are_known() -> None:

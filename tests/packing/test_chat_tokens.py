@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import tiny
 
 from preftune import formats
 from preftune.errors import UserError
@@ -17,6 +16,7 @@ from preftune.formats import strict_pairs
 from preftune.packing.batch import by_prompt, by_response, by_token, collate
 from preftune.packing.chat import REASONS, ChatTokenizer, judgements
 from preftune.records import Comparison, Example, Message, Response
+from tests import tiny
 
 BOS, END = 1, 2
 TALK = (Message("user", "What is the sea?"), Message("assistant", "Water."), Message("user", "And the sky?"))
