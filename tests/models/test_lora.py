@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny
-from tests.training import runs
-from tests.training.runs import LORA, command
 from transformers import AutoModelForCausalLM
 
 from preftune.errors import UserError
@@ -20,6 +17,9 @@ from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel
 from preftune.models.save import save_model
 from preftune.packing.batch import collate
+from tests import tiny
+from tests.training import runs
+from tests.training.runs import LORA, command
 
 TREES = [tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2)]
 

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny
-from tests.training import runs
-from tests.training.runs import LORA, command
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from preftune.errors import UserError
@@ -21,6 +18,9 @@ from preftune.models.policy import LanguageModel, RewardModel, settle_layout
 from preftune.models.save import save_model
 from preftune.packing.batch import collate
 from preftune.packing.chat import ChatTokenizer, Tree
+from tests import tiny
+from tests.training import runs
+from tests.training.runs import LORA, command
 
 TREES = [tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2), tiny.tree(14, (3, 3, 10), seed=3)]
 ROTARY = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox"}

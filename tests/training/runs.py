@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.training import processes
-
 from preftune.errors import EXIT_NONFINITE, EXIT_USER, NonFiniteError, UserError
 from preftune.training.metrics import read_metrics
+from tests.training import processes
 
 BASE = (
     "data.path=sample:hh_pairs",

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.training import runs
-from tests.training.runs import command
 
 from preftune.cli.main import run
 from preftune.training.checkpoint import load_latest, saved_steps
 from preftune.training.manifest import read_manifest
+from tests.training import runs
+from tests.training.runs import command
 
 GOOD = {"prompt": "What is two and two?", "chosen": "Four.", "rejected": "Five."}
 

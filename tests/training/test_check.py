@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tests import tiny
-from tests.training import runs
-from tests.training.runs import LORA, command
 
 from preftune.cli.main import resolve, run
 from preftune.methods import METHODS
 from preftune.training import check
 from preftune.training.distributed import World
 from preftune.training.setup import Setup, prepare
+from tests import tiny
+from tests.training.runs import LORA, command
 
 NAMES = [
     "records",

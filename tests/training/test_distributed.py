@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny
-from tests.training import processes, runs
-from tests.training.runs import LORA, command
 
 from preftune.methods import METHODS
 from preftune.training.distributed import World
 from preftune.training.learner import Learner, Schedule, make_optimizer
 from preftune.training.manifest import read_manifest
+from tests import tiny
+from tests.training import processes, runs
+from tests.training.runs import LORA, command
 
 # Odd numbers everywhere: 7 records in steps of 3, so that the last step of an epoch has one record and the second process nothing to do.
 CASES = {

@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny
-from tests.training import runs
-from tests.training.runs import LORA, command
 from torch import Tensor
 
 from preftune.errors import NonFiniteError, UserError
@@ -28,6 +25,9 @@ from preftune.training.learner import Learner, Schedule, Step, make_optimizer
 from preftune.training.manifest import read_manifest
 from preftune.training.metrics import read_metrics
 from preftune.training.reference import live_reference
+from tests import tiny
+from tests.training import runs
+from tests.training.runs import LORA, command
 
 SHAPES = ((9, (5, 8)), (4, (7, 3, 11)), (30, (2, 6)), (1, (12, 1)), (6, (4, 4)), (17, (20, 9)))
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training import runs
-from tests.training.runs import LORA, command
 
 from preftune.errors import UserError
 from preftune.training.manifest import read_manifest
+from tests.training import runs
+from tests.training.runs import LORA, command
 
 KILLED = -signal.SIGKILL
 CODES = {"int": 130, "term": 143}
