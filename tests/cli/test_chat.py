@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 
-from tests import tiny
-
 from preftune.cli import chat
+from tests import tiny
 
 
 def test_each_line_is_answered_and_an_empty_line_forgets(tmp_path, monkeypatch, capsys):

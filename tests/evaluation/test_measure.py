@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests import tiny
 
 from preftune.evaluation.generate import generate
 from preftune.evaluation.measure import pair_margins, response_values, sequence_kl, token_logps
@@ -13,6 +12,7 @@ from preftune.models.attention import NAME
 from preftune.models.policy import LanguageModel
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Message
+from tests import tiny
 
 TREES = [tiny.tree(6, (4, 7), seed=1), tiny.tree(3, (5, 2, 3), seed=2)]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import tiny
 
 from preftune.models import attention
 from preftune.models.attention import NAME, TreePlan, tree_attention
 from preftune.models.policy import LanguageModel, layout_gap, probe_trees, settle_layout
 from preftune.packing.batch import collate
+from tests import tiny
 
 TREES = [tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2), tiny.tree(1, (3, 3, 10), seed=3)]
 

@@ -8,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests.report import fake
 
 from preftune.errors import UserError
 from preftune.report.contents import Quickstart
 from preftune.report.page import link, quickstart_sentence, write, write_quickstart
 from preftune.training.metrics import METRICS_FILE, MetricsLog, read_metrics
+from tests.report import fake
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 LOADING = {"script", "img", "iframe", "object", "embed", "audio", "video", "source", "base", "form", "input", "image", "foreignobject"}

@@ -16,12 +16,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.training.processes import run, start
 from torch import Tensor
 
 from preftune.errors import NonFiniteError, UserError
 from preftune.training import checkpoint, durable
 from preftune.training.checkpoint import Checkpoint, load, load_latest, recover, restore_rng, rng_state, save, saved_steps, step_path
+from tests.training.processes import run, start
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 

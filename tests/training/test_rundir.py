@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.training.processes import run, start
 
 from preftune.errors import UserError
 from preftune.training import durable, failpoints
 from preftune.training.manifest import RunManifest, Session, config_hash, read_manifest, redact
 from preftune.training.metrics import MetricsLog, read_metrics
 from preftune.training.rundir import RunDirectory
+from tests.training.processes import run, start
 
 CONFIG = {"lr": 1e-6, "max_steps": 10, "output": "runs/a", "method": {"beta": 0.1}, "report": {"theme": "dark"}}
 

@@ -17,7 +17,7 @@ REASONS: dict[str, Reason] = {
     "bad_unicode": Reason("a string holds half of a surrogate pair, which no tokenizer can take", "remove the broken \\ud8xx escape"),
     "broken_json": Reason("the line is not JSON, or it was cut off", "write one complete JSON object a line"),
     "broken_csv": Reason("the line has more or fewer cells than the header", "quote cells that hold the separator or a line break"),
-    "not_an_object": Reason("the row is JSON, but not an object with named fields", "write each row as {\"field\": value, ...}"),
+    "not_an_object": Reason("the row is JSON, but not an object with named fields", 'write each row as {"field": value, ...}'),
     "missing_field": Reason("a field that the format needs is not there", "add the field, or name the right format with data.format"),
     "unknown_field": Reason("a Preftune record has a field that does not exist", "correct the name, or move the field into meta"),
     "wrong_type": Reason("a field holds another kind of value than the format has there", "write it as docs/data-formats.md shows"),

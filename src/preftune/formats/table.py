@@ -112,7 +112,7 @@ def recognise(rows: Sequence[Any], where: str) -> Format:
         )
     names = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
     if not names:
-        raise UserError("no row is a JSON object with fields", where=where, fix="Write each row as {\"field\": value, ...}")
+        raise UserError("no row is a JSON object with fields", where=where, fix='Write each row as {"field": value, ...}')
     near = "; ".join(f"{one.name} ({', '.join(one.fields)})" for one in _nearest(names))
     raise UserError(f"unknown format with fields {', '.join(names)}", where=where, fix=f"Nearest formats: {near}. Rename the fields to one")
 
