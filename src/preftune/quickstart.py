@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from preftune import formats
@@ -170,7 +169,7 @@ def _language_model(path: Path) -> LanguageModel:
 def _reward_model(path: Path) -> RewardModel:
     classifier = load.load_classifier(load.locate(str(path)))
     assert classifier is not None
-    head = next(m for m in classifier.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1)
+    _, head = load.score_head(classifier)
     return RewardModel(classifier, head=head).eval()
 
 
