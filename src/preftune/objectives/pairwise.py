@@ -65,7 +65,6 @@ def pair_metrics(values: Tensor, preference: Tensor) -> Metrics:
 
     `values` [G, N], `preference` [G, N, N]; a prompt's pairs share its weight of 1.
     """
-    values = values.detach()
     share = preference / preference.sum((1, 2), keepdim=True).clamp(min=1e-9)
     gap = values.unsqueeze(2) - values.unsqueeze(1)
     right = gap.gt(0).to(values.dtype) + 0.5 * gap.eq(0).to(values.dtype)
