@@ -33,7 +33,7 @@ def test_a_preference_keeps_every_response() -> None:
 
 def test_a_slip_in_a_methods_name_is_answered_with_the_nearest() -> None:
     assert find("dpo") is METHODS["dpo"]
-    with pytest.raises(UserError, match="there is no method 'rewards'. Did you mean reward"):
+    with pytest.raises(UserError, match=r"there is no method 'rewards'\. Did you mean reward"):
         find("rewards")
     with pytest.raises(UserError, match="The methods are sft, reward, dpo"):
         find("xyzzy")
