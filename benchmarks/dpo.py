@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -73,12 +74,13 @@ def operations(config: Any, tokens: float, response_tokens: float, method: str) 
     return tokens * body * (8 if method == "dpo" else 6) + (response_tokens * head * 8 if method == "dpo" else 0)
 
 
-def run(side: str, options: argparse.Namespace, folder: Path, *, checkpointing: bool, mimalloc: bool) -> dict[str, Any]:
-    """One process of one side."""
+def run(side: str, options: argparse.Namespace, folder: Path, *, checkpointing: bool, accumulate: int, mimalloc: bool) -> dict[str, Any]:
+    """One process of one side; {} where the system killed it for want of memory."""
     command = [sys.executable, "-m", "benchmarks.worker", side, "--method", options.method, "--model", str(folder / "model")]
     command += ["--rows", str(folder / "rows.json"), "--scratch", str(folder / "scratch"), "--steps", str(options.steps)]
     command += ["--precision", options.precision, "--max-length", str(options.max_length)]
     command += ["--tokens-per-microbatch", str(options.tokens_per_microbatch)]
+    command += ["--accumulate", str(accumulate)]
     if checkpointing:
         command.append("--gradient-checkpointing")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -87,16 +89,20 @@ def run(side: str, options: argparse.Namespace, folder: Path, *, checkpointing: 
     if mimalloc and library is not None:
         env = environment(env, library)
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    if done.returncode == -signal.SIGKILL:
+        return {}
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 SIDES = {
-    "preftune": ("preftune", False),
-    "trl, checkpointing off": ("trl", False),
-    "trl, its defaults": ("trl", True),
+    "preftune": ("preftune", False, 1),
+    "trl, checkpointing off": ("trl", False, 1),
+    "trl, checkpointing off, 2 batches of 4": ("trl", False, 2),
+    "trl, its defaults": ("trl", True, 1),
 }
+"""Name -> program, gradient checkpointing, batches a step."""
 
 
 def main() -> None:
@@ -134,8 +140,11 @@ def main() -> None:
         for number in range(options.rounds):
             for mimalloc in kinds:
                 for name in options.sides.split(";"):
-                    side, checkpointing = SIDES[name]
-                    found = run(side, options, folder, checkpointing=checkpointing, mimalloc=mimalloc)
+                    side, checkpointing, accumulate = SIDES[name]
+                    found = run(side, options, folder, checkpointing=checkpointing, accumulate=accumulate, mimalloc=mimalloc)
+                    if not found:
+                        print(f"round {number + 1}  {name}: out of memory, killed by the system", file=sys.stderr, flush=True)
+                        continue
                     results.setdefault((name, mimalloc), []).append(found)
                     steps = ", ".join(f"{s:.1f}" for s in found["seconds"])
                     print(f"round {number + 1}  {name}, {found['allocator']} allocator: steps {steps} s", file=sys.stderr, flush=True)

@@ -93,7 +93,8 @@ def trl(method_name: str, model: str, rows: list[dict[str, Any]], options: argpa
     )
     shared: dict[str, Any] = {
         "output_dir": str(options.scratch),
-        "per_device_train_batch_size": PER_STEP,
+        "per_device_train_batch_size": PER_STEP // options.accumulate,
+        "gradient_accumulation_steps": options.accumulate,
         "max_steps": options.steps,
         "max_length": options.max_length,
         "bf16": options.precision == "bf16",
@@ -130,7 +131,8 @@ def trl(method_name: str, model: str, rows: list[dict[str, Any]], options: argpa
 
     trainer = Ordered(model=loaded, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()], **limit)
     trainer.train()
-    return {"seconds": seconds, "losses": losses, "tokens": tokens}
+    whole = [sum(tokens[i : i + options.accumulate]) for i in range(0, len(tokens), options.accumulate)]
+    return {"seconds": seconds, "losses": losses, "tokens": whole}
 
 
 def synchronise() -> None:
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--tokens-per-microbatch", type=int, default=1024)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--accumulate", type=int, default=1, help="TRL: batches that make one step of 8 pairs")
     options = parser.parse_args()
     rows = json.loads(options.rows.read_text())
     side = preftune if options.side == "preftune" else trl

@@ -134,7 +134,7 @@ def test_the_other_commands_reach_their_rooms(fake: Any, capsys: pytest.CaptureF
     shown_with = sys.modules["preftune.cli.data"]
     shown_with.app = lambda words, **options: shown.append((words, options)) or 0  # type: ignore[attr-defined]
     assert [cli.run(w.split()) for w in ("quickstart --output q", "chat m", "report runs/x", "data show f.jsonl --format trl")] == [0] * 4
-    assert (started, talked, written) == ([(Path("q"),)], [("m",)], [(Path("runs/x"),)])
+    assert (started[0][0], talked, written) == (Path("q"), [("m",)], [(Path("runs/x"),)])
     assert shown[0][0] == ["show", "f.jsonl", "--format", "trl"]
     assert capsys.readouterr().out == "runs/x/report.html\n"
 
@@ -172,7 +172,7 @@ def test_ctrl_c_is_130(fake: Any) -> None:
         (["trian"], "No such command 'trian'. Did you mean 'train'? See `preftune --help`."),
         (["train", "--lr", "3"], "No such option: --lr (settings are written key=value). See `preftune train --help`."),
         (["report"], "Missing argument 'RUN'. See `preftune report --help`."),
-        (["train", "pair", "model=m"], "train: no method is called 'pair'. Did you mean pairs?"),
+        (["train", "pair", "model=m"], "there is no method 'pair'. Did you mean pairs?"),
         (["train", *WORDS, "lr=fast"], "override 'lr=fast': `lr` must be a number, not the text 'fast'"),
         (["train", *WORDS, "bta=1"], "override 'bta=1': unknown key `bta`. Did you mean `method.beta`?"),
         (["check", "pairs", "gone.yaml"], "gone.yaml: there is no such file"),
