@@ -183,7 +183,7 @@ def _evaluate(output: Path, base: Path, console: Console) -> dict[str, Any]:
     logps: dict[str, Values] = {}
     chosen_logps: dict[str, Values] = {}
     written: dict[str, list[Generated]] = {}
-    with meter(console, "evaluation", 6) as shown:
+    with meter(console, "evaluation", 7) as shown:
         done = 0
         for name, path in models.items():
             model = _language_model(path)
@@ -195,11 +195,13 @@ def _evaluate(output: Path, base: Path, console: Console) -> dict[str, Any]:
             shown.at(done := done + 1)
             if name != "sft":
                 prompts = [held.examples[i].prompt for i in unique]
-                written[name] = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=0, batch_size=32)
+                written[name] = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
                 shown.at(done := done + 1)
             if name == "after":
-                samples = [g.tree() for g in written["after"]]
+                drawn = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=0)
+                samples = [g.tree() for g in drawn]
                 own = token_logps(model, samples)
+                shown.at(done := done + 1)
             del model
         reference = _language_model(models["sft"])
         kl = sequence_kl(own, token_logps(reference, samples))
@@ -259,7 +261,7 @@ def _results(
         return figure(f"perplexity_{name}", title, ratio, np.exp(nll[name] / tokens), rows, "", explain)
 
     def length_figure(name: str) -> dict[str, Any]:
-        title, explain = f"Response length {name}", f"of its own responses, cut at {NEW_TOKENS}"
+        title, explain = f"Response length {name}", f"of its own responses (greedy), cut at {NEW_TOKENS}"
         return figure(f"length_{name}", title, clustered_mean_ci(size[name]), size[name], places, "tokens", explain)
 
     sections = [
@@ -296,7 +298,7 @@ def _results(
         ),
         section(
             "What changed in the model?",
-            "Perplexity of held-out preferred responses, and what the model writes itself at temperature 1.",
+            "Perplexity of held-out preferred responses, and what the model writes itself.",
             perplexity_figure("before", "Perplexity before"),
             perplexity_figure("sft", "Perplexity after SFT"),
             perplexity_figure("after", "Perplexity after DPO"),
@@ -309,7 +311,7 @@ def _results(
                 kl,
                 places,
                 "nats",
-                "how far DPO moved from the SFT model, per response of its own",
+                "how far DPO moved from the SFT model, per response of its own drawn at temperature 1",
             ),
             figure(
                 "reward_gain",
@@ -318,7 +320,7 @@ def _results(
                 scores["after"] - scores["before"],
                 places,
                 "",
-                "of the model's own responses, by the reward model of stage 2: a proxy for people, not people",
+                "of the model's own responses (greedy), by the reward model of stage 2: a proxy for people, not people",
             ),
         ),
     ]
@@ -350,7 +352,7 @@ def _headline(metrics: Sequence[Mapping[str, Any]]) -> str:
     sure = [m for m in metrics[:2] if m["low"] > 0.5]
     verdict = ("For neither", "For one of the two", "For both")[len(sure)]
     return (
-        f"On prompts that no stage saw, how often the models agree with people on a pair: {said[0]}, {said[1]}. "
+        f"On prompts that no stage saw, how often the models agree with people on a pair: {said[0][0].lower() + said[0][1:]}, {said[1]}. "
         f"{verdict} the interval lies wholly above the 50% of guessing; always taking the longer response gives {metrics[2]['value']:.0%}."
     )
 
