@@ -10,11 +10,9 @@ import torch
 from rich.console import Console
 
 from preftune.errors import UserError
-from preftune.methods import METHODS
-from preftune.models.policy import TOLERANCE, LanguageModel, layout_gap
+from preftune.models.policy import TOLERANCE, layout_gap
 from preftune.packing.batch import Totals, collate, microbatches
 from preftune.packing.chat import Tree
-from preftune.records import Example
 from preftune.training.config import RunConfig
 from preftune.training.distributed import World
 from preftune.training.setup import Setup, prepare
@@ -71,21 +69,21 @@ def _turn_ends(setup: Setup, trees: Sequence[Tree]) -> Line:
 
 
 def _round_trip(setup: Setup, trees: Sequence[Tree]) -> Line:
-    texts = {e.id: e for e in setup.train.examples}
-    tokenizer, odd = setup.tokenizer, 0
+    examples = {e.id: e for e in setup.train.examples}
+    looked, odd = 0, []
     for tree in trees:
-        example: Example | None = texts.get(tree.id)
-        if example is None or len(example.responses) != len(tree.responses):
-            continue
-        for ids, finished, response in zip(tree.responses, tree.finished, example.responses, strict=True):
-            body = ids[:-1] if finished else ids
-            text = tokenizer.decode(body.tolist(), special=True)
-            if finished and text.strip() != response.text.strip():
-                odd += 1
-                first = tree.where
+        written = [r.text.strip() for r in examples[tree.id].responses]
+        same = len(written) == len(tree.responses)  # else the method kept some of them, and which is not known here
+        for n, (ids, finished) in enumerate(zip(tree.responses, tree.finished, strict=True)):
+            if not finished:
+                continue
+            looked += 1
+            text = setup.tokenizer.decode(ids[:-1].tolist(), special=True).strip()
+            if text not in (written[n : n + 1] if same else written):
+                odd.append(tree.where)
     if odd:
-        return Line("responses survive tokenising", False, f"{odd} responses decode to another text, for instance {first}")
-    return Line("responses survive tokenising", True, f"tokens decode to the response's own text in {len(trees)} records")
+        return Line("responses survive tokenising", False, f"{len(odd)} responses decode to another text, for instance {odd[0]}")
+    return Line("responses survive tokenising", True, f"tokens decode to the response's own text in {looked} finished responses")
 
 
 def _loss_carried(trees: Sequence[Tree]) -> Line:
@@ -165,6 +163,3 @@ def fast_check(setup: Setup, console: Console) -> None:
                 f"check failed: {line.name}: {line.detail}",
                 fix=f"`preftune check {setup.method.name} ...` shows all lines.",
             )
-
-
-__all__ = ["METHODS", "LanguageModel", "check", "checks", "fast_check", "show"]
