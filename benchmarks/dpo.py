@@ -98,6 +98,7 @@ def run(side: str, options: argparse.Namespace, folder: Path, *, checkpointing: 
 
 SIDES = {
     "preftune": ("preftune", False, 1),
+    "preftune, checkpointing on": ("preftune", True, 1),
     "trl, checkpointing off": ("trl", False, 1),
     "trl, checkpointing off, 2 batches of 4": ("trl", False, 2),
     "trl, its defaults": ("trl", True, 1),
@@ -118,7 +119,9 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--tokens-per-microbatch", type=int, default=1024)
     parser.add_argument("--allocators", default="system,mimalloc")
-    parser.add_argument("--sides", default=";".join(SIDES), help="separated by semicolons")
+    parser.add_argument(
+        "--sides", default=";".join(name for name in SIDES if name != "preftune, checkpointing on"), help="separated by semicolons"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
     if not options.data.exists():

@@ -41,6 +41,8 @@ def preftune(method_name: str, model: str, rows: list[dict[str, Any]], options: 
     torch.manual_seed(0)
     inner = load.load_causal_lm(source)
     policy = LanguageModel(inner, compute=compute) if method.model == "policy" else RewardModel(inner, compute=compute)
+    if options.gradient_checkpointing:
+        policy.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     world = World.join()
     learner = Learner(method, method.knobs(), policy.to(world.device), world, options.tokens_per_microbatch)
     if method.reference:

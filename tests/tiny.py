@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from preftune.packing.chat import Tree
+from preftune.packing.chat import SCORE, Tree
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -93,9 +93,12 @@ def save(path: Path, kind: str = "llama", **options: Any) -> Path:
 
 
 def tree(prompt: int, responses: tuple[int, ...], *, seed: int = 0, vocab: int = 320, name: str = "") -> Tree:
-    """A tree of random tokens; the first response is the best."""
+    """A tree of random tokens; the first response is the best, rated 1 and labelled desirable, each next one is rated a quarter less."""
     rng = np.random.default_rng(seed)
     n = len(responses)
     scores = -np.arange(n, dtype=float)
     draw = lambda size: rng.integers(7, vocab, size)
-    return Tree(name or f"t{seed}", "", draw(prompt), tuple(draw(r) for r in responses), (True,) * n, scores, np.triu(np.ones((n, n)), 1))
+    ids = tuple(draw(r) for r in responses)
+    order = np.triu(np.ones((n, n)), 1)
+    said: dict[str, Any] = {"labels": (scores == 0).astype(float), "ratings": {SCORE: scores / 4 + 1.0}}
+    return Tree(name or f"t{seed}", "", draw(prompt), ids, (True,) * n, scores, order, **said)

@@ -17,24 +17,31 @@ FILE = Path(__file__).parents[1] / "methods" / "golden.json"
 RECORDS: list[dict[str, Any]] = [
     {  # a plain pair, the better one longer
         "ranks": [1, 2],
+        "scores": [0.9, 0.2],
+        "labels": [True, False],
         "logps": [[-1.25, -0.5, -2.0, -0.125], [-3.0, -0.75]],
         "reference": [-4.5, -3.25],
         "rewards": [0.5, -0.25],
     },
     {  # a ranking of four whose second and third are tied, best last
         "ranks": [4, 2, 2, 1],
+        "scores": [0.1, 0.5, 0.5, 0.8],
+        "labels": [False, True, None, True],
         "logps": [[-0.25], [-6.0, -1.0, -0.5], [-2.0, -2.0], [-0.75, -0.25, -0.5, -1.5, -3.0]],
         "reference": [-1.0, -7.0, -4.5, -5.0],
         "rewards": [1.5, -0.5, 0.25, 2.0],
     },
     {  # the model has it the wrong way round
         "ranks": [2, 1],
+        "scores": [-1.0, 1.0],
+        "labels": [False, True],
         "logps": [[-0.125, -0.0625, -0.25], [-9.0, -7.5, -0.5]],
         "reference": [-6.0, -8.0],
         "rewards": [3.0, -2.0],
     },
 ]
-"""Rank 1 is the best; `logps` are the policy's per token, `reference` sums over each response."""
+"""Rank 1 is the best, a higher score is better, a label says desirable or not; `logps` are the policy's per token, `reference` sums over
+each response."""
 
 
 def pairs(ranks: list[int]) -> list[tuple[int, int]]:

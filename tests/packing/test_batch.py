@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -134,7 +136,7 @@ def test_moving_a_batch_moves_all_its_tensors() -> None:
     batch = collate([tiny.tree(3, (2, 4))])
     moved = batch.to("meta")
     tensors = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 13 and all(getattr(moved, name).is_meta for name in tensors) and moved.layout == batch.layout
+    assert len(tensors) == 15 and all(getattr(moved, name).is_meta for name in tensors) and moved.layout == batch.layout
 
 
 # ---------------------------------------------------------------- weights
@@ -180,6 +182,50 @@ def test_the_token_mean_of_a_step_is_no_mean_of_means() -> None:
     losses = [torch.full((3,), 2.0), torch.tensor([4.0])]
     totals = Totals.of(trees)
     assert sum(float(collate([t], totals).token_weight @ loss) for t, loss in zip(trees, losses, strict=True)) == 2.5
+
+
+def test_tokens_that_carry_no_loss_are_read_but_not_predicted() -> None:
+    """Turns of the user inside a conversation, and what a tool said: the rest keeps its place and its weight."""
+    tree = tiny.tree(3, (5, 2))
+    mask = (np.array([True, True, False, False, True]), np.array([True, True]))
+    part = dataclasses.replace(tree, carries=mask)
+    whole, batch = collate([tree]), collate([part])
+    carried = np.concatenate(mask)
+    assert torch.equal(batch.input_ids, whole.input_ids) and torch.equal(batch.last, whole.last)
+    for name in ("predict", "targets", "response"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name)[carried])
+    assert batch.length.tolist() == [[3, 2]] and part.response_tokens == 5 and part.tokens == 10
+    assert batch.token_weight.tolist() == pytest.approx([1 / 5] * 5)
+    assert collate([part], reduction=by_response).token_weight.tolist() == pytest.approx([1 / 6] * 3 + [1 / 4] * 2)
+    assert [c.tolist() for c in part.keep([1]).carries] == [[True, True]]
+
+
+def test_a_response_s_own_weight_scales_its_tokens_and_the_step_s_total() -> None:
+    light, heavy = tiny.tree(2, (3,), seed=1), dataclasses.replace(tiny.tree(2, (2,), seed=2), weights=np.array([3.0]))
+    totals = Totals.of([light, heavy])
+    assert totals.tokens == 9
+    assert collate([light, heavy]).token_weight.tolist() == pytest.approx([1 / 9] * 3 + [3 / 9] * 2)
+    assert collate([heavy], totals).token_weight.tolist() == pytest.approx([3 / 9] * 2)
+
+
+def test_what_is_said_of_responses_lies_on_the_grid() -> None:
+    rich = dataclasses.replace(tiny.tree(2, (1, 2, 1)), rated=np.array([[1.0, 2.0], [3.0, np.nan], [5.0, 6.0]]), margin=np.eye(3))
+    bare = dataclasses.replace(tiny.tree(2, (1,)), labels=None)
+    batch = collate([rich, bare])
+    nan = float("nan")
+    torch.testing.assert_close(batch.rated[0], torch.tensor([[1, 2], [3, nan], [5, 6]]), equal_nan=True)
+    assert batch.rated[1].isnan().all() and batch.margin[0].equal(torch.eye(3)) and not batch.margin[1].any()
+    torch.testing.assert_close(batch.labels, torch.tensor([[1.0, 0, 0], [nan, nan, nan]]), equal_nan=True)
+    assert batch.response_weight.tolist() == [[0.25] * 3, [0.25, 0, 0]]
+    assert collate([bare]).labels is None and collate([bare]).rated is None and collate([bare]).margin is None
+
+
+def test_the_best_responses_share_a_weight_of_1() -> None:
+    scores = [[0.0, 2, 2], [np.nan, -3, -4], [np.nan, np.nan, np.nan]]
+    trees = [dataclasses.replace(tiny.tree(2, (1, 2, 1), seed=i), scores=np.array(row)) for i, row in enumerate(scores)]
+    trees.append(dataclasses.replace(tiny.tree(2, (1,)), scores=np.array([-7.0])))
+    expected = [[0, 0.5, 0.5], [0, 1, 0], [1 / 3] * 3, [1, 0, 0]]
+    torch.testing.assert_close(collate(trees).best, torch.tensor(expected))
 
 
 # ---------------------------------------------------------------- micro-batches

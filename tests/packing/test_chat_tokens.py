@@ -260,13 +260,28 @@ def test_scores_and_preference_of_every_kind_of_judgement() -> None:
     ]
     for example, scores, preference in cases:
         got = judgements(example)
-        np.testing.assert_array_equal(got[0], scores)
-        np.testing.assert_array_equal(got[1], preference)
+        np.testing.assert_array_equal(got["scores"], scores)
+        np.testing.assert_array_equal(got["preference"], preference)
+
+
+def test_ratings_labels_and_margins_of_responses_are_kept_beside_the_order() -> None:
+    nan = np.nan
+    responses = Response("a", score={"help": 1.0, "safe": 0.5}, label=True), Response("b", score=2.0), Response("c", label=False)
+    said = (Comparison(0, 1, 1.0, 3.0), Comparison(1, 0, 0.0, 1.0), Comparison(1, 2, 0.0, 2.0), Comparison(0, 2, 0.5, 9.0))
+    found = judgements(judged(*responses, comparisons=said))
+    assert set(found["ratings"]) == {"help", "safe", "score"}
+    for name, values in {"help": [1.0, nan, nan], "safe": [0.5, nan, nan], "score": [nan, 2.0, nan]}.items():
+        np.testing.assert_array_equal(found["ratings"][name], values)
+    np.testing.assert_array_equal(found["labels"], [1, nan, 0])
+    np.testing.assert_array_equal(found["margin"], [[0, 2, 0], [0, 0, 0], [0, 2, 0]])
+    bare = judgements(judged(Response("a"), Response("b")))
+    assert bare["labels"] is None and bare["margin"] is None and bare["ratings"] == {}
 
 
 def test_comparisons_stay_probabilities_and_give_a_best_response() -> None:
     said = (Comparison(0, 1, 1.0), Comparison(1, 0, 1.0), Comparison(1, 0, 1.0), Comparison(2, 0, 0.5), Comparison(1, 2, 0.75))
-    scores, preference = judgements(judged(*[Response("r")] * 4, comparisons=said))
+    said_of = judgements(judged(*[Response("r")] * 4, comparisons=said))
+    scores, preference = said_of["scores"], said_of["preference"]
     np.testing.assert_allclose(preference, [[0, 1 / 3, 0, 0], [2 / 3, 0, 0.75, 0], [0, 0.25, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(scores, [(1 / 3 + 0.5) / 2, (2 / 3 + 0.75) / 2, (0.5 + 0.25) / 2, np.nan])
 
@@ -276,7 +291,8 @@ def test_comparisons_stay_probabilities_and_give_a_best_response() -> None:
 )
 def test_the_matrix_and_the_pairs_state_one_order(fields) -> None:
     example = judged(*[Response("r", rank=rank, score=score, label=label) for rank, score, label in fields])
-    scores, preference = judgements(example)
+    found = judgements(example)
+    scores, preference = found["scores"], found["preference"]
     assert sorted(strict_pairs(example)) == [(int(i), int(j)) for i, j in np.argwhere(preference > 0.5)]
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(preference, scores[:, None] > scores[None, :])

@@ -34,7 +34,7 @@ SHAPES = ((9, (5, 8)), (4, (7, 3, 11)), (30, (2, 6)), (1, (12, 1)), (6, (4, 4)),
 
 def trees_of(method: str) -> list[Tree]:
     """Ragged records, kept as the method keeps them."""
-    kept = [METHODS[method].keep(tiny.tree(p, r, seed=i)) for i, (p, r) in enumerate(SHAPES)]
+    kept = [METHODS[method].keep(tiny.tree(p, r, seed=i), METHODS[method].knobs()) for i, (p, r) in enumerate(SHAPES)]
     assert all(isinstance(tree, Tree) for tree in kept)
     return kept  # type: ignore[return-value]
 

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preftune.configschema import Row, keys
 from preftune.methods import METHODS
+from preftune.packing.chat import Tree
 from preftune.training.config import RunConfig, run_config
 
 CONFIGURATION = Path("docs/configuration.md")
@@ -81,11 +84,18 @@ def method_facts(name: str) -> str:
         f"Weights: {_lower(method.reduction.__doc__)}",
         f"An evaluation is judged by `{metric}`: {'lower' if way == 'min' else 'higher'} is better.",
     ]
-    facts += [] if method.first_loss is None else [f"The first loss is {method.first_loss:.6f} where the starting model is the reference."]
+    first = method.first_loss([_pair()], method.knobs())
+    facts += [] if first is None else [f"The first loss on pairs is {first:.6f} where the starting model is the reference."]
     facts += [f"`{row.key}` (default {row.default}): {row.doc}." for row in keys(kind) if row.key.startswith("method.")]
     facts += [f"Its own default: `{row.key}: {row.default}`." for row in keys(kind) if row.key in method.defaults]
     facts += [f"Paper: {_paper(method.paper)}."] if method.paper else []
     return "\n".join([f"{_sentence(method.summary)} {method.when}\n", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+def _pair() -> Tree:
+    """A plain pair, the first response preferred."""
+    one = np.zeros(1, dtype=np.int64)
+    return Tree("", "", one, (one, one), (True, True), np.array([1.0, 0.0]), np.array([[0.0, 1.0], [0.0, 0.0]]))
 
 
 def filled(page: str) -> str:

@@ -108,24 +108,25 @@ class LanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """[M] fp32 log-probability of each response token given all before it, at temperature 1."""
-        return self.logprobs(self.backbone(batch), batch)
+        return token_logprobs(self.backbone, self.backbone(batch), batch)
 
-    def logprobs(self, states: Tensor, batch: Batch) -> Tensor:
-        """[M] fp32 log-probabilities from the [T, D] hidden states of `batch`."""
-        config, head = self.hf.config.get_text_config(), self.hf.get_output_embeddings()
-        scale = getattr(config, "logit_scale", None)
-        if scale is None:
-            divisor = getattr(config, "logits_scaling", None)
-            scale = 1.0 / divisor if divisor else 1.0
-        return chunked_logprobs(
-            states.index_select(0, batch.predict),
-            head.weight,
-            batch.targets,
-            bias=getattr(head, "bias", None),
-            scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            compute=self.backbone.compute,
-        )
+
+def token_logprobs(backbone: Backbone, states: Tensor, batch: Batch) -> Tensor:
+    """[M] fp32 log-probabilities from the [T, D] hidden states of `batch`, through the language head of the model inside."""
+    config, head = backbone.hf.config.get_text_config(), backbone.hf.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        divisor = getattr(config, "logits_scaling", None)
+        scale = 1.0 / divisor if divisor else 1.0
+    return chunked_logprobs(
+        states.index_select(0, batch.predict),
+        head.weight,
+        batch.targets,
+        bias=getattr(head, "bias", None),
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        compute=backbone.compute,
+    )
 
 
 class RewardModel(nn.Module):
@@ -133,12 +134,14 @@ class RewardModel(nn.Module):
 
     head: nn.Linear
 
-    def __init__(self, model: Any, *, head: nn.Linear | None = None, compute: torch.dtype = torch.float32, packed: bool = True) -> None:
+    def __init__(
+        self, model: Any, *, head: nn.Linear | None = None, heads: int = 1, compute: torch.dtype = torch.float32, packed: bool = True
+    ) -> None:
         super().__init__()
         self.backbone = Backbone(model, compute=compute, packed=packed)
         width = model.config.get_text_config().hidden_size
         if head is None:
-            head = nn.Linear(width, 1, bias=False)
+            head = nn.Linear(width, heads, bias=False)
             nn.init.normal_(head.weight, std=1.0 / (width + 1) ** 0.5)
         self.head = head
 
@@ -148,9 +151,17 @@ class RewardModel(nn.Module):
         return self.backbone.hf
 
     def forward(self, batch: Batch) -> Tensor:
-        """[G, N] fp32 rewards, 0 where there is no response."""
-        states = self.backbone(batch).index_select(0, batch.last)
-        return batch.on_grid(self.head(states.float()).squeeze(-1))
+        """[G, N] fp32 rewards, 0 where there is no response; [G, N, A] of a model with A > 1 heads."""
+        return self._rewards(self.backbone(batch), batch)
+
+    def with_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rewards as `forward` gives them and [M] token log-probabilities by the language head, from one pass of the backbone."""
+        states = self.backbone(batch)
+        return self._rewards(states, batch), token_logprobs(self.backbone, states, batch)
+
+    def _rewards(self, states: Tensor, batch: Batch) -> Tensor:
+        scores = self.head(states.index_select(0, batch.last).float())
+        return batch.on_grid(scores if scores.shape[1] > 1 else scores.squeeze(-1))
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

@@ -43,14 +43,21 @@ class Layout:
 class Totals:
     """What a whole optimizer step holds, over all its micro-batches and processes: the denominators of every loss."""
 
-    tokens: int
+    tokens: float
+    """Tokens that carry loss, each as often as its response's weight."""
     responses: int
     prompts: int
 
     @staticmethod
     def of(trees: Sequence[Tree]) -> Totals:
         """Counts over these trees."""
-        return Totals(sum(t.response_tokens for t in trees), sum(len(t.responses) for t in trees), len(trees))
+        return Totals(sum(float(_tokens_of(t).sum()) for t in trees), sum(len(t.responses) for t in trees), len(trees))
+
+
+def _tokens_of(tree: Tree) -> np.ndarray:
+    """[N] weighted tokens of each response."""
+    tokens = np.array([tree.loss_tokens(n) for n in range(len(tree.responses))], dtype=float)
+    return tokens if tree.weights is None else tokens * tree.weights
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,9 @@ class Batch:
     """[T] a response token's position continues its prompt's."""
     layout: Layout
     predict: Tensor
-    """[M] packed index whose hidden state predicts the m-th response token."""
+    """[M] packed index whose hidden state predicts the m-th token that carries loss."""
     targets: Tensor
-    """[M] the response tokens."""
+    """[M] the tokens that carry loss."""
     response: Tensor
     """[M] index of each token's response in the flattened [G * N] grid."""
     last: Tensor
@@ -84,9 +91,29 @@ class Batch:
     """[M] weights of token losses: they sum to 1 over the whole step."""
     prompt_weight: Tensor
     """[G] weights of prompt losses: they sum to 1 over the whole step."""
+    response_weight: Tensor
+    """[G, N] weights of losses of single responses: they sum to 1 over the whole step."""
     ids: tuple[str, ...] = ()
     reference_logp: Tensor | None = None
     """[G, N] summed log-probability under the frozen reference, where the method needs it."""
+    margin: Tensor | None = None
+    """[G, N, N] strength of the preference of i over j, 0 where people gave none; None where no record of the batch has any."""
+    labels: Tensor | None = None
+    """[G, N] 1 desirable, 0 undesirable, NaN unlabelled."""
+    rated: Tensor | None = None
+    """[G, N, A] the ratings to be learnt, NaN where unrated."""
+
+    @property
+    def best(self) -> Tensor:
+        """[G, N] weights that sum to 1 over a prompt's best responses; over all of them where nothing orders them."""
+        scores = self.scores.masked_fill(self.scores.isnan() | ~self.present, -torch.inf)
+        top = self.present & (scores == scores.amax(1, keepdim=True))
+        return top / top.sum(1, keepdim=True).clamp(min=1)
+
+    @property
+    def better(self) -> Tensor:
+        """[G, N, N] True where response i has a higher score than j."""
+        return self.scores.unsqueeze(2) > self.scores.unsqueeze(1)
 
     @property
     def tokens(self) -> int:
@@ -103,31 +130,40 @@ class Batch:
         grid = torch.zeros(self.present.numel(), dtype=torch.float64, device=values.device)
         return grid.index_add(0, self.response, values.double()).view(self.present.shape)
 
+    def mean_per_response(self, values: Tensor) -> Tensor:
+        """Mean of [M] token values over each response's tokens, [G, N] float64; 0 where there is no response."""
+        return self.per_response(values) / self.length.clamp(min=1)
+
     def on_grid(self, values: Tensor) -> Tensor:
-        """Lay [R] values of responses on the [G, N] grid, zeros where there is no response."""
-        grid = torch.zeros(self.present.numel(), dtype=values.dtype, device=values.device)
-        return grid.index_put((self.cell,), values).view(self.present.shape)
+        """Lay [R, ...] values of responses on the [G, N, ...] grid, zeros where there is no response."""
+        rest = values.shape[1:]
+        grid = torch.zeros((self.present.numel(), *rest), dtype=values.dtype, device=values.device)
+        return grid.index_put((self.cell,), values).view(*self.present.shape, *rest)
 
 
-def by_token(trees: Sequence[Tree], totals: Totals) -> tuple[np.ndarray, np.ndarray]:
+def by_token(trees: Sequence[Tree], totals: Totals) -> np.ndarray:
     """Every response token of the step counts the same."""
-    tokens = sum(t.response_tokens for t in trees)
-    return np.full(tokens, 1.0 / max(totals.tokens, 1)), np.full(len(trees), 1.0 / max(totals.prompts, 1))
+    return _spread(trees, lambda t, n: 1.0 / max(totals.tokens, 1e-9))
 
 
-def by_response(trees: Sequence[Tree], totals: Totals) -> tuple[np.ndarray, np.ndarray]:
+def by_response(trees: Sequence[Tree], totals: Totals) -> np.ndarray:
     """Every response of the step counts the same, long or short."""
-    weights = [np.full(len(r), 1.0 / len(r) / max(totals.responses, 1)) for t in trees for r in t.responses]
-    return np.concatenate(weights), np.full(len(trees), 1.0 / max(totals.prompts, 1))
+    return _spread(trees, lambda t, n: 1.0 / t.loss_tokens(n) / max(totals.responses, 1))
 
 
-def by_prompt(trees: Sequence[Tree], totals: Totals) -> tuple[np.ndarray, np.ndarray]:
+def by_prompt(trees: Sequence[Tree], totals: Totals) -> np.ndarray:
     """Every prompt of the step counts the same, however many responses it has."""
-    weights = [np.full(len(r), 1.0 / len(r) / len(t.responses) / max(totals.prompts, 1)) for t in trees for r in t.responses]
-    return np.concatenate(weights), np.full(len(trees), 1.0 / max(totals.prompts, 1))
+    return _spread(trees, lambda t, n: 1.0 / t.loss_tokens(n) / len(t.responses) / max(totals.prompts, 1))
 
 
-Reduction = Callable[[Sequence[Tree], Totals], tuple[np.ndarray, np.ndarray]]
+def _spread(trees: Sequence[Tree], weight: Callable[[Tree, int], float]) -> np.ndarray:
+    """[M] token weights: each response's `weight` on each of its tokens, times the response's own weight."""
+    own = lambda t, n: 1.0 if t.weights is None else float(t.weights[n])
+    return np.concatenate([np.full(t.loss_tokens(n), weight(t, n) * own(t, n)) for t in trees for n in range(len(t.responses))])
+
+
+Reduction = Callable[[Sequence[Tree], Totals], np.ndarray]
+"""Trees and what the whole step holds, to the [M] weights of its tokens; those of prompts and responses follow from the totals."""
 
 
 def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Reduction = by_token) -> Batch:
@@ -141,6 +177,11 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     length = np.zeros((len(trees), width))
     known = all(t.reference is not None for t in trees)
     reference = np.zeros((len(trees), width))
+    margin = np.zeros((len(trees), width, width)) if any(t.margin is not None for t in trees) else None
+    labels = np.full((len(trees), width), np.nan) if any(t.labels is not None for t in trees) else None
+    heads = next((t.rated.shape[1] for t in trees if t.rated is not None), 0)
+    rated = np.full((len(trees), width, heads), np.nan) if heads else None
+    response_weight = np.zeros((len(trees), width))
     at = 0
     for g, tree in enumerate(trees):
         p, n = len(tree.prompt), len(tree.responses)
@@ -154,18 +195,26 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
             size = len(tokens)
             ids.append(tokens)
             positions.append(np.arange(p, p + size))
-            predict.append(np.concatenate([[prompt_end], np.arange(at, at + size - 1)]))
-            targets.append(tokens)
-            response.append(np.full(size, g * width + i))
+            carries = slice(None) if tree.carries is None else tree.carries[i]
+            predict.append(np.concatenate([[prompt_end], np.arange(at, at + size - 1)])[carries])
+            targets.append(tokens[carries])
+            length[g, i] = len(targets[-1])
+            response.append(np.full(len(targets[-1]), g * width + i))
             at += size
             last.append(at - 1)
             cell.append(g * width + i)
-            length[g, i] = size
         scores[g, :n] = tree.scores
         preference[g, :n, :n] = tree.preference
+        response_weight[g, :n] = 1.0 / max(totals.responses, 1)
         if known:
             reference[g, :n] = tree.reference
-    token_weight, prompt_weight = reduction(trees, totals)
+        if margin is not None and tree.margin is not None:
+            margin[g, :n, :n] = tree.margin
+        if labels is not None and tree.labels is not None:
+            labels[g, :n] = tree.labels
+        if rated is not None and tree.rated is not None:
+            rated[g, :n] = tree.rated
+    maybe = lambda values: None if values is None else torch.from_numpy(values).float()
     whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     return Batch(
         input_ids=whole(ids),
@@ -176,14 +225,18 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
         response=whole(response),
         last=torch.tensor(last),
         cell=torch.tensor(cell),
-        present=torch.from_numpy(length > 0),
+        present=torch.from_numpy(response_weight > 0),
         length=torch.from_numpy(length).float(),
         scores=torch.from_numpy(scores).float(),
         preference=torch.from_numpy(preference).float(),
-        token_weight=torch.from_numpy(token_weight).float(),
-        prompt_weight=torch.from_numpy(prompt_weight).float(),
+        token_weight=torch.from_numpy(reduction(trees, totals)).float(),
+        prompt_weight=torch.full((len(trees),), 1.0 / max(totals.prompts, 1)),
+        response_weight=torch.from_numpy(response_weight).float(),
         ids=tuple(t.id for t in trees),
         reference_logp=torch.from_numpy(reference) if known else None,
+        margin=maybe(margin),
+        labels=maybe(labels),
+        rated=maybe(rated),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Tree:
 
     `scores[n]` is higher for better responses (NaN where nothing orders them); `preference[i, j]` is how strongly people hold that
     response i is better than j (1 and 0 for a strict pair, a probability for a soft one, 0 and 0 where nothing is known or it is a tie).
+    What is None was never said of any response; a method's `keep` fills in what it derives (`rated`, `weights`, `carries`).
     """
 
     id: str
@@ -47,27 +48,45 @@ class Tree:
     scores: np.ndarray  # [N] float64
     preference: np.ndarray  # [N, N] float64
     reference: np.ndarray | None = None  # [N] float64, summed log-probabilities under the reference where they were computed before
+    margin: np.ndarray | None = None  # [N, N] float64, strength of the preference of i over j as people gave it, 0 where they gave none
+    labels: np.ndarray | None = None  # [N] float64: 1 desirable, 0 undesirable, NaN unlabelled
+    ratings: Mapping[str, np.ndarray] = field(default_factory=dict)  # attribute -> [N] float64, NaN where unrated; a plain score: SCORE
+    rated: np.ndarray | None = None  # [N, A] float64, the ratings a method learns, in the order of its heads; NaN where unrated
+    weights: np.ndarray | None = None  # [N] float64, how much each response counts in a token loss; None is 1
+    carries: tuple[np.ndarray, ...] | None = None  # N arrays of [R_n] bool, which tokens carry loss; None is all
+    source: str = ""
+
+    def loss_tokens(self, n: int) -> int:
+        """Tokens of response n that carry loss."""
+        return len(self.responses[n]) if self.carries is None else int(self.carries[n].sum())
 
     @property
     def tokens(self) -> int:
         """Tokens this tree puts in a packed row."""
-        return len(self.prompt) + self.response_tokens
+        return len(self.prompt) + sum(len(r) for r in self.responses)
 
     @property
     def response_tokens(self) -> int:
         """Tokens that carry loss."""
-        return sum(len(r) for r in self.responses)
+        return sum(self.loss_tokens(n) for n in range(len(self.responses)))
 
     def keep(self, indices: Sequence[int]) -> Tree:
         """The same tree with only these responses, in this order."""
         index = np.asarray(indices, dtype=int)
+        some = lambda values: None if values is None else values[index]
         return replace(
             self,
             responses=tuple(self.responses[i] for i in indices),
             finished=tuple(self.finished[i] for i in indices),
             scores=self.scores[index],
             preference=self.preference[np.ix_(index, index)],
-            reference=None if self.reference is None else self.reference[index],
+            reference=some(self.reference),
+            margin=None if self.margin is None else self.margin[np.ix_(index, index)],
+            labels=some(self.labels),
+            ratings={name: values[index] for name, values in self.ratings.items()},
+            rated=some(self.rated),
+            weights=some(self.weights),
+            carries=None if self.carries is None else tuple(self.carries[i] for i in indices),
         )
 
 
@@ -183,15 +202,13 @@ class ChatTokenizer:
             finished.append(done)
         if any(len(r) == 0 for r in responses):
             return None, "no_response_tokens", cut, apart
-        scores, preference = judgements(example)
         tree = Tree(
             id=example.id,
             where=example.where,
             prompt=np.asarray(prompt, dtype=np.int64),
             responses=tuple(responses),
             finished=tuple(finished),
-            scores=scores,
-            preference=preference,
+            **judgements(example),
         )
         return tree, "", cut, apart
 
@@ -235,11 +252,42 @@ class ChatTokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
 
-def judgements(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """[N] `scores` and [N, N] `preference` of a Tree, from whatever people said of the record's responses."""
+SCORE = "score"
+"""The attribute under which a response's plain score is kept."""
+
+
+def judgements(example: Example) -> dict[str, Any]:
+    """The fields of a Tree that say what people held of the record's responses; `scores` and `preference` from whatever they gave."""
     scores = np.array([np.nan if value is None else value for value in ordering(example)], dtype=float)
-    preference = np.zeros((len(scores), len(scores)))
+    count = len(scores)
+    preference = np.zeros((count, count))
     for (i, j), share in preferences(example).items():
         if share != 0.5:
             preference[i, j], preference[j, i] = share, 1 - share
-    return scores, preference
+    ratings: dict[str, np.ndarray] = {}
+    for n, response in enumerate(example.responses):
+        given = response.score if isinstance(response.score, Mapping) else {} if response.score is None else {SCORE: response.score}
+        for name, value in given.items():
+            ratings.setdefault(name, np.full(count, np.nan))[n] = value
+    labels = np.array([np.nan if r.label is None else float(r.label) for r in example.responses])
+    return {
+        "scores": scores,
+        "preference": preference,
+        "margin": _margin(example, preference),
+        "labels": None if np.isnan(labels).all() else labels,
+        "ratings": ratings,
+        "source": example.source or "",
+    }
+
+
+def _margin(example: Example, preference: np.ndarray) -> np.ndarray | None:
+    """[N, N] mean strength that people gave to the preference of i over j."""
+    given: dict[tuple[int, int], list[float]] = {}
+    for one in example.comparisons:
+        if one.strength is not None and one.outcome != 0.5:
+            pair = (one.first, one.second) if one.outcome > 0.5 else (one.second, one.first)
+            given.setdefault(pair, []).append(one.strength)
+    margin = np.zeros_like(preference)
+    for pair, values in given.items():
+        margin[pair] = sum(values) / len(values)
+    return margin if given else None

@@ -102,7 +102,7 @@ def _layouts(setup: Setup, trees: Sequence[Tree]) -> Line:
 
 
 def _first_loss(setup: Setup, trees: Sequence[Tree]) -> Line:
-    learner, expected = setup.learner, setup.method.first_loss
+    learner, expected = setup.learner, setup.method.first_loss(trees, setup.config.method)
     found = learner.evaluate(list(trees))["loss"]
     if not math.isfinite(found):
         return Line("first loss", False, f"{found} on {len(trees)} records: the model's numbers are not finite")
@@ -119,7 +119,7 @@ def _longest_fits(setup: Setup) -> Line:
     part = [ordered[i] for i in microbatches(ordered, setup.config.tokens_per_microbatch)[0]]
     try:
         learner.model.train()
-        loss, _ = learner.loss(collate(part, Totals.of(part), setup.method.reduction).to(setup.world.device))
+        loss, _ = learner.loss(collate(part, Totals.of(part), setup.method.reduction).to(setup.world.device), learner.survey(part))
         loss.backward()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # what torch raises on a CPU

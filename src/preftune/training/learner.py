@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,17 +86,36 @@ class Learner:
     def __post_init__(self) -> None:
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The method's loss and metrics on one micro-batch."""
+    def outputs(self, batch: Batch) -> Outputs:
+        """What the models say of one micro-batch."""
         reference = batch.reference_logp
         if self.method.reference and reference is None:
             assert self.reference is not None
             reference = self.reference(batch)
         if isinstance(self.model, RewardModel):
-            out = Outputs(rewards=self.model(batch))
-        else:
-            out = Outputs(token_logp=self.model(batch), reference_logp=reference)
-        return self.method.loss(out, batch, self.knobs)
+            if not self.method.language_head(self.knobs):
+                return Outputs(rewards=self.model(batch))
+            rewards, token_logp = self.model.with_logprobs(batch)
+            return Outputs(rewards=rewards, token_logp=token_logp)
+        return Outputs(token_logp=self.model(batch), reference_logp=reference)
+
+    def loss(self, batch: Batch, survey: float | None = None) -> tuple[Tensor, Metrics]:
+        """The method's loss and metrics on one micro-batch; `survey` is what its survey found for the whole step."""
+        return self.method.loss(replace(self.outputs(batch), survey=survey), batch, self.knobs)
+
+    @torch.no_grad()
+    def survey(self, trees: Sequence[Tree], give_up: Callable[[], bool] = lambda: False) -> float | None:
+        """What the method must know of the whole step of `trees` before its loss, None where it needs nothing."""
+        if self.method.survey is None:
+            return None
+        above = below = 0.0
+        for batch in self._batches(self.method.survey.trees(trees)):
+            if give_up():
+                raise Interrupted
+            numerator, denominator = self.method.survey.measure(self.outputs(batch), batch)
+            above, below = above + numerator.item(), below + denominator.item()
+        sums = self.world.sum_numbers({"above": above, "below": below})
+        return sums["above"] / sums["below"] if sums["below"] else 0.0
 
     def step(self, trees: Sequence[Tree], index: int, give_up: Callable[[], bool] = lambda: False) -> Step:
         """Optimizer step `index` on the records of `trees`; with several processes each computes its share.
@@ -106,11 +125,12 @@ class Learner:
         assert self.optimizer is not None and self.schedule is not None
         self.model.train()  # for gradient checkpointing and an adapter's dropout: the model's own dropout is 0
         sums: dict[str, float] = {}
+        survey = self.survey(trees, give_up)
         for batch in self._batches(trees):
             if give_up():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Interrupted
-            loss, metrics = self.loss(batch)
+            loss, metrics = self.loss(batch, survey)
             if loss.isfinite():
                 loss.backward()
             _add(sums, loss, metrics)
@@ -138,10 +158,11 @@ class Learner:
         self.model.eval()
         sums: dict[str, float] = {}
         done = 0
+        survey = self.survey(trees, give_up)
         for batch in self._batches(trees):
             if give_up():
                 raise Interrupted
-            _add(sums, *self.loss(batch))
+            _add(sums, *self.loss(batch, survey))
             done += len(batch.ids)
             on_batch(done)
         sums = self.world.sum_numbers(sums)

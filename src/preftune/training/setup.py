@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,34 +106,33 @@ def read_sides(config: RunConfig) -> tuple[Read, Read | None]:
     return dataclasses.replace(train, rows=train.rows - len(held), examples=kept), side
 
 
-def require(method: Method, examples: Sequence[Example], name: str) -> None:
+def require(method: Method, knobs: Any, examples: Sequence[Example], name: str) -> None:
     """Say before any model is loaded when no record has what the method needs."""
-    usable = sum(not isinstance(method.keep(_untokenised(e)), str) for e in examples[:1000])
+    usable = sum(not isinstance(method.keep(_untokenised(e), knobs), str) for e in examples[:1000])
     if not usable:
         first = examples[0]
-        reason = method.keep(_untokenised(first))
+        reason = method.keep(_untokenised(first), knobs)
         raise UserError(
-            f"no record has what {method.title.lower()} needs, {method.needs}: {REASONS.get(str(reason), reason)}",
+            f"no record has what {method.title[:1].lower() + method.title[1:]} needs, {method.needs}: {REASONS.get(str(reason), reason)}",
             where=first.where or name,
             fix="Give other data, or another method (`preftune methods`).",
         )
 
 
 def _untokenised(example: Example) -> Tree:
-    scores, preference = judgements(example)
     one = np.zeros(1, dtype=np.int64)
     count = len(example.responses)
-    return Tree(example.id, example.where, one, (one,) * count, (True,) * count, scores, preference)
+    return Tree(example.id, example.where, one, (one,) * count, (True,) * count, **judgements(example))
 
 
-def tokenise(read: Read, tokenizer: ChatTokenizer, method: Method, max_length: int) -> Records:
+def tokenise(read: Read, tokenizer: ChatTokenizer, method: Method, knobs: Any, max_length: int) -> Records:
     """Trees of the records as the method keeps them; every record is kept or counted under a reason."""
     tokens = tokenizer.tokenize(read.examples, max_length)
     records = Records(read.rows, [], Counter(read.dropped), dict(read.where), read.format, read.hashes, read.examples)
     records.dropped.update(tokens.dropped)
     records.where.update(tokens.dropped_where)
     for tree in tokens.trees:
-        kept = method.keep(tree)
+        kept = method.keep(tree, knobs)
         if isinstance(kept, str):
             records.dropped[kept] += 1
             records.where.setdefault(kept, []).append(tree.where or tree.id)
@@ -168,7 +168,11 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
     """Read, judge and tokenise the data, then load the model. Raises UserError for whatever the user can mend."""
     method = METHODS[method_name]
     train_read, held_read = read_sides(config)
-    require(method, train_read.examples, ", ".join(config.data.path))
+    if method.fit is not None:
+        change = method.fit(train_read.examples, config.method)
+        train_read = dataclasses.replace(train_read, examples=[change(e) for e in train_read.examples])
+        held_read = held_read and dataclasses.replace(held_read, examples=[change(e) for e in held_read.examples])
+    require(method, config.method, train_read.examples, ", ".join(config.data.path))
     if config.lora is not None and config.lora.dropout and method.reference:
         raise UserError(
             "dropout would make policy and reference differ before training", where="lora.dropout", fix="Set lora.dropout to 0."
@@ -183,8 +187,8 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
         except OSError as error:
             raise UserError(f"the chat template cannot be read: {error.strerror}", where=config.chat_template) from error
     tokenizer = load.load_tokenizer(source, template=template)
-    train = tokenise(train_read, tokenizer, method, config.max_length)
-    held = tokenise(held_read, tokenizer, method, config.max_length) if held_read else None
+    train = tokenise(train_read, tokenizer, method, config.method, config.max_length)
+    held = tokenise(held_read, tokenizer, method, config.method, config.max_length) if held_read else None
     seed(config.seed)
     compute = compute_dtype(config.precision, world.device)
     notices: list[str] = []
@@ -207,14 +211,21 @@ def load_model(
     model: LanguageModel | RewardModel
     if method.model == "reward":
         classifier = load.load_classifier(source)
+        imitates = method.language_head(config.method)
         if classifier is not None:
+            if imitates:
+                raise UserError(
+                    "a reward model has no language head to imitate with",
+                    where="model",
+                    fix="Start from the language model, or set it to 0.",
+                )
             model = RewardModel(classifier, head=load.score_head(classifier)[1], compute=compute)
         else:
             inner = load.load_causal_lm(source)
-            model = RewardModel(inner, compute=compute)
+            model = RewardModel(inner, heads=method.heads(config.method), compute=compute)
             output = inner.get_output_embeddings()
-            if output is not None and output.weight is not inner.get_input_embeddings().weight:
-                output.requires_grad_(False)  # a reward model has no use for it
+            if output is not None and output.weight is not inner.get_input_embeddings().weight and not imitates:
+                output.requires_grad_(False)  # no use for it
     else:
         model = LanguageModel(load.load_causal_lm(source), compute=compute)
     model.to(world.device)

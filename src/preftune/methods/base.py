@@ -1,0 +1,140 @@
+"""What a row of the table of methods says: what it needs of the records, what it keeps of them, how tokens weigh, its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from preftune.configfile import Section
+from preftune.objectives.metrics import Metrics, Ratio
+from preftune.packing.batch import Batch, Reduction
+from preftune.packing.chat import Tree
+from preftune.records import Example
+
+
+class Knobs(Section):
+    """A method's own settings; the defaults are its paper's."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the models said of a batch; a method reads what it asked for."""
+
+    token_logp: Tensor | None = None
+    """[M] log-probability of each response token under the policy."""
+    rewards: Tensor | None = None
+    """[G, N] what the reward head says of each response; [G, N, A] of a model with several heads."""
+    reference_logp: Tensor | None = None
+    """[G, N] summed log-probability under the frozen reference."""
+    survey: float | None = None
+    """What the method's survey found for the whole step."""
+
+
+Keep = Callable[[Tree, Any], Tree | str]
+"""A record's tree and the knobs, to the tree as this method trains on it, or the reason why it cannot."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A mean that the loss needs of a whole step before it can be computed, measured without gradient on trees of the method's own."""
+
+    trees: Callable[[Sequence[Tree]], list[Tree]]
+    """The step's trees to those that are looked at; none give the mean 0."""
+    measure: Callable[[Outputs, Batch], Ratio]
+    """Numerator and denominator over one micro-batch of them."""
+
+
+KEEP_REASONS = {"no_preference": "no response is preferred over another (one response only, ties, or no rank, score or comparison)"}
+"""Why a method keeps nothing of a record, each with what the record lacks."""
+
+
+Pairs = Literal["all", "adjacent", "best_vs_rest", "best_vs_worst"]
+
+
+class PairKnobs(Knobs):
+    """Settings of every method that compares two responses at a time."""
+
+    pairs: Pairs = Field(
+        "all",
+        description="which pairs of K responses are compared: all, neighbours in the order, the best with each, the best with the worst",
+    )
+
+
+def keep_best(tree: Tree, knobs: Any) -> Tree | str:
+    """The best response; all of them where nothing orders them."""
+    if len(tree.responses) == 1 or np.isnan(tree.scores).all():
+        return tree
+    return tree.keep([int(np.nanargmax(tree.scores))])
+
+
+def keep_preferred(tree: Tree, knobs: Any) -> Tree | str:
+    """Every response, if people prefer at least one over another; of the pairs those that `knobs.pairs` names."""
+    if not tree.preference.any():
+        return "no_preference"
+    wanted: Pairs = getattr(knobs, "pairs", "all")
+    return tree if wanted == "all" else replace(tree, preference=tree.preference * chosen_pairs(tree.scores, wanted))
+
+
+def chosen_pairs(scores: np.ndarray, pairs: Pairs) -> np.ndarray:
+    """[N, N] symmetric mask of the pairs that are compared, from [N] scores (higher is better, NaN is in no pair but of `all`).
+
+    Adjacent responses are those with no third score strictly between theirs. Responses tied as best, or as worst, all count as that.
+    """
+    if pairs == "all":
+        return np.ones((len(scores), len(scores)), dtype=bool)
+    levels = np.unique(scores[~np.isnan(scores)])
+    level = np.searchsorted(levels, np.nan_to_num(scores, nan=-np.inf)).astype(float)
+    level[np.isnan(scores)] = np.nan
+    top, one, other = len(levels) - 1, level[:, None], level[None, :]
+    if pairs == "adjacent":
+        return np.abs(one - other) == 1
+    known = ~np.isnan(one) & ~np.isnan(other)
+    if pairs == "best_vs_rest":
+        return known & (np.maximum(one, other) == top)
+    return known & (np.maximum(one, other) == top) & (np.minimum(one, other) == 0)
+
+
+def never(knobs: Any) -> bool:
+    """For no knobs at all."""
+    return False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    title: str
+    paper: str
+    """arXiv id, or empty where there is no one paper."""
+    summary: str
+    when: str
+    """When to use it, and when not."""
+    needs: str
+    """What each record must have, in plain words."""
+    model: Literal["policy", "reward"]
+    knobs: type[Knobs]
+    loss: Callable[[Outputs, Batch, Any], tuple[Tensor, Metrics]]
+    keep: Keep
+    reduction: Reduction
+    reference: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the shared settings that this method changes."""
+    better: tuple[str, Literal["min", "max"]] = ("loss", "min")
+    """The evaluation metric that says how well it went, and which way is better."""
+    first_loss: Callable[[Sequence[Tree], Any], float | None] = lambda trees, knobs: None
+    """The loss of a step on these trees while policy and reference are still the same, where theory fixes it."""
+    heads: Callable[[Any], int] = lambda knobs: 1
+    """Scores that a reward model gives each response."""
+    language_head: Callable[[Any], bool] = never
+    """Whether a reward model must give token log-probabilities too."""
+    survey: Survey | None = None
+    fit: Callable[[Sequence[Example], Any], Callable[[Example], Example]] | None = None
+    """Learns from the training records how every record, the held-out ones too, is changed before it is tokenised."""
+    every_turn: Callable[[Any], bool] = never
+    """Whether every assistant turn of a conversation carries loss, not the last one alone."""
