@@ -134,7 +134,7 @@ def test_numbers_that_are_not_finite_fail(tiny_llama: Path) -> None:
 def test_memory_that_does_not_suffice_fails_with_the_size(error: Exception, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of("sft", tiny_llama)
 
-    def full(batch: Any) -> Any:
+    def full(batch: Any, survey: Any) -> Any:
         raise error
 
     monkeypatch.setattr(setup.learner, "loss", full)
