@@ -79,12 +79,80 @@ def dpo(beta: float = 0.1) -> float:
     return float(np.mean(losses))
 
 
-CASES: list[tuple[str, dict[str, float], float]] = [
+def levels(ranks: list[int]) -> list[tuple[int, list[int]]]:
+    """Each response that has any below it, with those."""
+    below = [(i, [j for j in range(len(ranks)) if ranks[j] > ranks[i]]) for i in range(len(ranks))]
+    return [(i, worse) for i, worse in below if worse]
+
+
+def log_sum_exp(values: list[float]) -> float:
+    """Log of the sum of exponentials."""
+    return float(np.logaddexp.reduce(values))
+
+
+def rrhf(weight: float = 1.0, exponent: float = 1.0, summed: bool = False) -> float:
+    """Methods F.1, mean over records."""
+    losses = []
+    for record in RECORDS:
+        p = [sum(tokens) / len(tokens) ** exponent for tokens in record["logps"]]
+        best = record["logps"][int(np.argmin(record["ranks"]))]
+        nll = -sum(best) if summed else -float(np.mean(best))
+        losses.append(weight * sum(max(0.0, p[j] - p[i]) for i, j in pairs(record["ranks"])) + nll)
+    return float(np.mean(losses))
+
+
+def pro(sft_weight: float = 0.05, gaps: bool = False) -> float:
+    """Methods F.2, simple form and that with temperatures from score gaps, mean over records."""
+    losses = []
+    for record in RECORDS:
+        s, rho = [float(np.mean(tokens)) for tokens in record["logps"]], record["scores"]
+        total = 0.0
+        for k, worse in levels(record["ranks"]):
+            share = {j: rho[k] - rho[j] if gaps else 1.0 for j in worse}
+            own = s[k] * max(share.values())
+            total -= own - log_sum_exp([own, *(s[j] * share[j] for j in worse)])
+        best = record["logps"][int(np.argmin(record["ranks"]))]
+        losses.append(total - sft_weight * (len(s) - 1) ** 2 * sum(best))
+    return float(np.mean(losses))
+
+
+def knowpat(weight: float = 0.01) -> float:
+    """Methods E.7, mean over records; a response's negatives are those ranked strictly below it."""
+    losses = []
+    for record in RECORDS:
+        s = [float(np.mean(tokens)) for tokens in record["logps"]]
+        spread = max(s) - min(s)
+        terms = []
+        for k, worse in levels(record["ranks"]):
+            mu = (s[k] - min(s)) / spread if spread else 1.0
+            terms.append(mu * (softplus(-s[k]) + np.mean([softplus(s[j]) for j in worse])))
+        losses.append(weight * np.mean(terms) - s[int(np.argmin(record["ranks"]))])
+    return float(np.mean(losses))
+
+
+def dpo_listwise(beta: float = 0.1) -> float:
+    """Methods F.3, mean over records."""
+    losses = []
+    for record in RECORDS:
+        g = [beta * (sum(tokens) - reference) for tokens, reference in zip(record["logps"], record["reference"], strict=True)]
+        losses.append(-sum(g[k] - log_sum_exp([g[k], *(g[j] for j in worse)]) for k, worse in levels(record["ranks"])))
+    return float(np.mean(losses))
+
+
+CASES: list[tuple[str, dict[str, Any], float]] = [
     ("sft", {}, sft()),
     ("reward", {}, reward()),
     ("reward", {"centering": 0.01}, reward(0.01)),
     ("dpo", {}, dpo()),
     ("dpo", {"beta": 0.5}, dpo(0.5)),
+    ("rrhf", {}, rrhf()),
+    ("rrhf", {"weight": 2.0, "length_exponent": 0.5, "sft_reduction": "sum"}, rrhf(2.0, 0.5, True)),
+    ("pro", {}, pro()),
+    ("pro", {"sft_weight": 0.5, "temperatures": "score_gaps"}, pro(0.5, True)),
+    ("knowpat", {}, knowpat()),
+    ("knowpat", {"weight": 1.0}, knowpat(1.0)),
+    ("dpo_listwise", {}, dpo_listwise()),
+    ("dpo_listwise", {"beta": 0.5}, dpo_listwise(0.5)),
 ]
 
 

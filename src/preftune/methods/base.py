@@ -49,7 +49,12 @@ class Survey:
     """Numerator and denominator over one micro-batch of them."""
 
 
-KEEP_REASONS = {"no_preference": "no response is preferred over another (one response only, ties, or no rank, score or comparison)"}
+KEEP_REASONS = {
+    "no_preference": "no response is preferred over another (one response only, ties, or no rank, score or comparison)",
+    "no_ranking": "its responses are not ranked: it takes two or more of them with ranks, scores or comparisons that put one above another",
+    "no_scores": "its responses have no numeric scores that differ: give two or more of them a `score`, or set `method.temperatures` to none",
+    "no_weight": "the score of every response that it keeps is 0, so none of them would count",
+}
 """Why a method keeps nothing of a record, each with what the record lacks."""
 
 
@@ -78,6 +83,18 @@ def keep_preferred(tree: Tree, knobs: Any) -> Tree | str:
         return "no_preference"
     wanted: Pairs = getattr(knobs, "pairs", "all")
     return tree if wanted == "all" else replace(tree, preference=tree.preference * chosen_pairs(tree.scores, wanted))
+
+
+def keep_ranked(tree: Tree, knobs: Any) -> Tree | str:
+    """The responses that have a place in the ranking, if it has more than one level; their scores are then their levels, from 0.
+
+    Levels, because a batch holds scores in single precision, in which two that nearly agree would be a tie.
+    """
+    known = np.flatnonzero(~np.isnan(tree.scores))
+    levels, level = np.unique(tree.scores[known], return_inverse=True)
+    if len(levels) < 2:
+        return "no_ranking"
+    return replace(tree if len(known) == len(tree.scores) else tree.keep(known.tolist()), scores=level.astype(float))
 
 
 def chosen_pairs(scores: np.ndarray, pairs: Pairs) -> np.ndarray:
