@@ -37,9 +37,10 @@ format: $(STAMP) ## Put the code in its usual form
 docs: $(STAMP) ## Write the generated parts of README and docs
 	$(BIN)/python -m preftune.cli.docs
 
-bench: $(STAMP) ## Time and memory beside TRL, in the same run (half an hour or more)
+bench: $(STAMP) ## Time and memory beside TRL and plain transformers, in the same run (an hour or more)
 	$(BIN)/python -m benchmarks.dpo
 	$(BIN)/python -m benchmarks.dpo --method reward
+	$(BIN)/python -m benchmarks.kwise
 
 soak: $(STAMP) ## Kill runs at random moments and compare every byte (minutes)
 	$(BIN)/python -m tests.training.soak

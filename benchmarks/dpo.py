@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,15 +17,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import HH, data_file, own_process, settled_precision, unpack
 from benchmarks.worker import PER_STEP
 from preftune import formats
-from preftune.cli.preload import allocator, environment
-from preftune.models import load
-from preftune.models.policy import LanguageModel
-from preftune.models.save import save_model
-from preftune.training.setup import compute_dtype
-
-HH = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "hh" / "helpful_base_train.jsonl.gz"
+from preftune.cli.preload import allocator
 
 
 def records(path: Path, count: int, long_prompts: bool, tokenizer: Any) -> list[dict[str, Any]]:
@@ -76,24 +68,14 @@ def operations(config: Any, tokens: float, response_tokens: float, method: str) 
 
 def run(side: str, options: argparse.Namespace, folder: Path, *, checkpointing: bool, accumulate: int, mimalloc: bool) -> dict[str, Any]:
     """One process of one side; {} where the system killed it for want of memory."""
-    command = [sys.executable, "-m", "benchmarks.worker", side, "--method", options.method, "--model", str(folder / "model")]
-    command += ["--rows", str(folder / "rows.json"), "--scratch", str(folder / "scratch"), "--steps", str(options.steps)]
-    command += ["--precision", options.precision, "--max-length", str(options.max_length)]
-    command += ["--tokens-per-microbatch", str(options.tokens_per_microbatch)]
-    command += ["--accumulate", str(accumulate)]
+    words = [side, "--method", options.method, "--model", str(folder / "model")]
+    words += ["--rows", str(folder / "rows.json"), "--scratch", str(folder / "scratch"), "--steps", str(options.steps)]
+    words += ["--precision", options.precision, "--max-length", str(options.max_length)]
+    words += ["--tokens-per-microbatch", str(options.tokens_per_microbatch)]
+    words += ["--accumulate", str(accumulate)]
     if checkpointing:
-        command.append("--gradient-checkpointing")
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env.pop("LD_PRELOAD", None)
-    library = allocator()
-    if mimalloc and library is not None:
-        env = environment(env, library)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    if done.returncode == -signal.SIGKILL:
-        return {}
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        words.append("--gradient-checkpointing")
+    return own_process("benchmarks.worker", words, mimalloc=mimalloc)
 
 
 SIDES = {
@@ -124,21 +106,13 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
-    if not options.data.exists():
-        raise SystemExit(f"{options.data} is not here; give --data FILE with HH transcripts or other pairs")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.precision == "auto":
-        options.precision = "bf16" if compute_dtype("auto", device) == torch.bfloat16 else "fp32"
+    data_file(options.data)
+    options.precision = settled_precision(options.precision)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        source = load.locate(options.model)
-        tokenizer = load.load_tokenizer(source)
-        model = LanguageModel(load.load_causal_lm(source))
-        save_model(model, tokenizer, folder / "model")
-        config = model.hf.config
-        del model
+        tokenizer, config = unpack(options.model, folder / "model")
         (folder / "rows.json").write_text(json.dumps(records(options.data, PER_STEP * options.steps, options.long_prompts, tokenizer)))
-        kinds = [False] if allocator() is None or device.type == "cuda" else [a == "mimalloc" for a in options.allocators.split(",")]
+        kinds = [False] if allocator() is None or torch.cuda.is_available() else [a == "mimalloc" for a in options.allocators.split(",")]
         results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
         for number in range(options.rounds):
             for mimalloc in kinds:

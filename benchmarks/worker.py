@@ -7,62 +7,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import hand_over, our_learner, synchronise, timed
+from preftune.methods import find
+from preftune.models import load
+from preftune.records import Example, Message, Response
+
 PER_STEP = 8
 
 
 def preftune(method_name: str, model: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Our side: the learner that `preftune train` uses, on the same pairs."""
-    from preftune.methods import find
-    from preftune.models import load
-    from preftune.models.policy import LanguageModel, RewardModel
-    from preftune.records import Example, Message, Response
-    from preftune.training.distributed import World
-    from preftune.training.learner import Learner, Schedule, make_optimizer
-    from preftune.training.reference import live_reference
-
-    method = find(method_name)
-    source = load.locate(model)
-    tokenizer = load.load_tokenizer(source)
     examples = [
         Example(tuple(Message(**m) for m in r["prompt"]), (Response(r["chosen"], rank=1), Response(r["rejected"], rank=2)), id=str(i))
         for i, r in enumerate(rows)
     ]
-    trees = tokenizer.tokenize(examples, options.max_length).trees
-    compute = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    torch.manual_seed(0)
-    inner = load.load_causal_lm(source)
-    policy = LanguageModel(inner, compute=compute) if method.model == "policy" else RewardModel(inner, compute=compute)
-    if options.gradient_checkpointing:
-        policy.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    world = World.join()
-    learner = Learner(method, method.knobs(), policy.to(world.device), world, options.tokens_per_microbatch)
-    if method.reference:
-        frozen = LanguageModel(load.load_causal_lm(source), compute=compute).to(world.device).requires_grad_(False)
-        learner.reference = live_reference(frozen)
-    learner.optimizer = make_optimizer(learner.parameters, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
-    learner.schedule = Schedule(1e-6, options.steps, 0.0, "constant")
-    seconds, losses = [], []
-    for step in range(options.steps):
-        part = trees[step * PER_STEP : (step + 1) * PER_STEP]
-        synchronise()
-        start = time.perf_counter()
-        done = learner.step(part, step)
-        synchronise()
-        seconds.append(time.perf_counter() - start)
-        losses.append(done.loss)
-    per_step = [trees[i * PER_STEP : (i + 1) * PER_STEP] for i in range(options.steps)]
-    tokens = [sum(t.tokens for t in part) for part in per_step]
-    responses = [sum(t.response_tokens for t in part) for part in per_step]
-    return {"seconds": seconds, "losses": losses, "tokens": tokens, "response_tokens": responses}
+    trees = load.load_tokenizer(load.locate(model)).tokenize(examples, options.max_length).trees
+    learner = our_learner(
+        find(method_name),
+        Path(model),
+        precision=options.precision,
+        budget=options.tokens_per_microbatch,
+        steps=options.steps,
+        checkpointing=options.gradient_checkpointing,
+    )
+    steps = [trees[i * PER_STEP : (i + 1) * PER_STEP] for i in range(options.steps)]
+    tokens = [sum(t.tokens for t in part) for part in steps]
+    responses = [sum(t.response_tokens for t in part) for part in steps]
+    return {**timed(learner, steps), "tokens": tokens, "response_tokens": responses}
 
 
 def trl(method_name: str, model: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -137,19 +114,6 @@ def trl(method_name: str, model: str, rows: list[dict[str, Any]], options: argpa
     return {"seconds": seconds, "losses": losses, "tokens": whole}
 
 
-def synchronise() -> None:
-    """Wait for the device, so that a clock read afterwards tells the truth."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_memory() -> int:
-    """Bytes: the device's allocations, or this process's largest resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> None:
     """Run one side and print what it took."""
     parser = argparse.ArgumentParser()
@@ -167,9 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = json.loads(options.rows.read_text())
     side = preftune if options.side == "preftune" else trl
-    result = side(options.method, options.model, rows, options)
-    allocator = "mimalloc" if "mimalloc" in os.environ.get("LD_PRELOAD", "") else "system"
-    print("\n" + json.dumps({**result, "peak_memory": peak_memory(), "allocator": allocator}), file=sys.stdout, flush=True)
+    hand_over(side(options.method, options.model, rows, options))
 
 
 if __name__ == "__main__":
