@@ -316,7 +316,7 @@ def test_regression_34_contradictions(refusal: Any, words: list[str], reason: st
 
 
 def test_regression_34_a_reference_for_a_method_without_one(load: Any, refusal: Any) -> None:
-    alone = run_config(Knobs, {}, reference=False)
+    alone = run_config(Knobs, {}, compares=lambda knobs: False)
     for word in ("reference=base", "cache_reference=true"):
         assert refusal(GOOD, word, kind=alone).startswith(f"override '{word}': `{word.partition('=')[0]}` has no effect")
         load(GOOD, word)

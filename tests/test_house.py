@@ -22,6 +22,7 @@ FLOORS = [
     {"records"},
     {"configschema", "configfile"},
     {"formats"},
+    {"feedback"},
     {"packing"},
     {"objectives"},
     {"models"},
@@ -101,7 +102,7 @@ def test_a_reach_up_is_seen(line: str) -> None:
 def light_modules() -> list[str]:
     names = ["preftune", "preftune.errors", "preftune.records", "preftune.configschema", "preftune.configfile"]
     names += ["preftune.training.config", "preftune.cli.console", "preftune.cli.preload", "preftune.cli.main"]
-    for folder in ("formats", "report"):
+    for folder in ("formats", "feedback", "report"):
         for path in sorted((SOURCE / folder).rglob("*.py")):
             names.append(".".join(("preftune", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"))
     return names
@@ -275,7 +276,7 @@ def test_every_key_of_every_method_is_described() -> None:
     from preftune.training.config import run_config
 
     for method in METHODS.values():
-        assert [row.key for row in keys(run_config(method.knobs, method.defaults, reference=method.reference)) if not row.doc] == []
+        assert [row.key for row in keys(run_config(method.knobs, method.defaults, compares=method.compares)) if not row.doc] == []
 
 
 def test_every_recipe_loads() -> None:

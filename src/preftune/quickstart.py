@@ -133,7 +133,7 @@ def _unpack(path: Path) -> Path:
 
 def _config(plan: StagePlan, output: Path) -> RunConfig:
     method = find(plan.method)
-    kind = run_config(method.knobs, {**method.defaults, "use": plan.method}, reference=method.reference)
+    kind = run_config(method.knobs, {**method.defaults, "use": plan.method}, compares=method.compares)
     plain = {**SHARED, **{k: v for k, v in plan.settings.items() if "." not in k}}
     nested: dict[str, Any] = {}
     for key, value in plan.settings.items():

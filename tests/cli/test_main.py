@@ -36,7 +36,8 @@ PAIRS = SimpleNamespace(
     knobs=Knobs,
     defaults={"lr": 5e-7},
     when="Always.",
-    reference=True,
+    compares=lambda knobs: True,
+    also_known_as=(),
 )
 WORDS = ["pairs", "model=m", "data=d", "output=o"]
 

@@ -22,7 +22,7 @@ from preftune.models.attention import NAME
 from preftune.models.policy import LanguageModel, RewardModel
 from preftune.objectives.metrics import Metrics
 from preftune.packing.batch import Batch, Totals, collate
-from preftune.packing.chat import Tree, judgements
+from preftune.packing.chat import SCORE, Tree, judgements
 from preftune.records import Comparison, Example, Response
 from tests import tiny
 from tests.oracles import losses as oracle
@@ -72,7 +72,7 @@ class Table:
         return Outputs(token_logp=tokens, rewards=grid(self.reward), reference_logp=grid(self.reference))
 
 
-SURVEYED = 0.4
+SURVEYED = oracle.SURVEYED
 """What a survey found, where a method makes one: the laws hold for any number."""
 
 
@@ -82,7 +82,7 @@ def only_needed(method: Method, out: Outputs, knobs: Any = None) -> Outputs:
     return Outputs(
         token_logp=out.token_logp if method.model == "policy" or method.language_head(knobs) else None,
         rewards=out.rewards if method.model == "reward" else None,
-        reference_logp=out.reference_logp if method.reference else None,
+        reference_logp=out.reference_logp if method.compares(knobs) else None,
         survey=SURVEYED if method.survey else None,
     )
 
@@ -280,7 +280,7 @@ def loss_of(method: Method, model: LanguageModel | RewardModel, reference: Langu
     out = Outputs(
         token_logp=said if method.model == "policy" else None,
         rewards=said if method.model == "reward" else None,
-        reference_logp=batch.per_response(reference(batch)).detach() if method.reference else None,
+        reference_logp=batch.per_response(reference(batch)).detach() if method.compares(method.knobs()) else None,
         survey=0.0 if method.survey else None,
     )
     return method.loss(out, batch, method.knobs())
@@ -314,9 +314,13 @@ def test_regression_01_a_real_model_gets_one_gradient_however_it_accumulates(met
 
 @every_method
 def test_training_makes_the_preferred_response_likelier(method: Method) -> None:
-    """Best against worst, in reward or in log-probability, in each record; and the method's own loss falls from where theory has it."""
+    """Best against worst, in reward or in log-probability, in each record; and the method's own loss falls from where theory has it.
+
+    Ratings lie further apart than the rewards of an untrained model, so that learning them is raising the better one too.
+    """
     model, reference = models(method)
     raw = [tiny.tree(5, (4, 6), seed=1), tiny.tree(8, (7, 3, 5), seed=2), tiny.tree(3, (5, 5), seed=3)]
+    raw = [dataclasses.replace(tree, ratings={SCORE: 3 * tree.scores}) for tree in raw]
     trees = [t for t in (method.keep(r, method.knobs()) for r in raw) if isinstance(t, Tree)]
     batch, everything = collate(trees, reduction=method.reduction), collate(raw)
 

@@ -1,4 +1,4 @@
-"""Pairwise reward model and DPO against the hand-worked numbers of methods C.2 and E.1, and finite differences."""
+"""Pairwise reward model against the hand-worked numbers of methods C.2, and finite differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from preftune.objectives.pairwise import bradley_terry, dpo_sigmoid, pair_metrics, reward_pairwise
+from preftune.objectives.pairwise import bradley_terry, pair_metrics, reward_pairwise
 
 VALUE = st.floats(-6, 6)
 
@@ -33,10 +33,6 @@ def reward(values, preference: Tensor | None = None, **options) -> Tensor:
     rewards = values if isinstance(values, Tensor) else t(*values)
     preference = ranked(rewards.shape[1], len(rewards)) if preference is None else preference
     return reward_pairwise(rewards, preference, mean_weight(len(rewards)), **options)[0]
-
-
-def dpo(logp, reference, *, beta: float = 0.1) -> Tensor:
-    return dpo_sigmoid(t(logp), t(reference), ranked(len(logp)), mean_weight(1), beta)[0]
 
 
 def mean(metrics, name: str) -> float:
@@ -141,56 +137,6 @@ def test_no_pair_no_loss_and_no_gradient() -> None:
     assert rewards.grad[0].tolist() == [0, 0] and (rewards.grad[1] != 0).all()
 
 
-# ---------------------------------------------------------------- DPO, E.1
-
-
-def test_dpo_starts_at_ln_2_with_no_preference_of_its_own() -> None:
-    loss, metrics = dpo_sigmoid(t([-3.0, -7.0]), t([-3.0, -7.0]), ranked(2), mean_weight(1), 0.1)
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
-    assert mean(metrics, "accuracy") == 0.5 and mean(metrics, "margin") == 0
-
-
-def test_dpo_at_a_margin_of_one() -> None:
-    """beta D = 1: loss .313262, and the gradient weighs beta * sigma(-1) = .268941 beta."""
-    logp = t([-3.0, -8.0]).requires_grad_()
-    loss, _ = dpo_sigmoid(logp, t([-5.0, -5.0]), ranked(2), mean_weight(1), 0.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.313262, abs=1e-6)
-    torch.testing.assert_close(logp.grad, 0.2 * t([-0.268941, 0.268941]), atol=1e-6, rtol=0)
-
-
-def test_dpo_by_hand() -> None:
-    """logps (-3, -5), reference (-4, -4.5), beta .1: beta D = .15, gradients -+.0462570."""
-    logp, reference = t([-3.0, -5.0]).requires_grad_(), t([-4.0, -4.5]).requires_grad_()
-    loss, metrics = dpo_sigmoid(logp, reference.detach(), ranked(2), mean_weight(1), 0.1)
-    loss.backward()
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.15)), abs=1e-12)
-    torch.testing.assert_close(logp.grad, t([-0.0462570, 0.0462570]), atol=1e-7, rtol=0)
-    wanted = {"accuracy": 1, "margin": 0.15, "chosen_reward": 0.1, "rejected_reward": -0.05, "logp_chosen": -3}
-    assert {name: mean(metrics, name) for name in metrics} == pytest.approx(wanted)
-
-
-@given(VALUE, VALUE, VALUE, VALUE, st.floats(0.01, 2))
-def test_dpo_swapped(a: float, b: float, ra: float, rb: float, beta: float) -> None:
-    """L(-D) = L(D) + beta D."""
-    margin = beta * ((a - ra) - (b - rb))
-    assert dpo([b, a], [rb, ra], beta=beta).item() == pytest.approx(dpo([a, b], [ra, rb], beta=beta).item() + margin, abs=1e-9)
-
-
-@given(st.lists(st.tuples(VALUE, VALUE), min_size=2, max_size=4), st.floats(0.01, 2))
-def test_dpo_gradients_by_finite_differences(values: list[tuple[float, float]], beta: float) -> None:
-    logp, reference = t([a for a, _ in values]).requires_grad_(), t([b for _, b in values])
-    check = lambda x: dpo_sigmoid(x, reference, ranked(len(values)), mean_weight(1), beta)[0]
-    assert torch.autograd.gradcheck(check, logp)
-
-
-def test_dpo_of_a_ranking_is_bradley_terry_over_its_implicit_rewards() -> None:
-    logp, reference = t([-3.0, -5.0, -4.0]), t([-4.0, -4.5, -4.0])
-    loss, _ = dpo_sigmoid(logp, reference, ranked(3), mean_weight(1), 0.1)
-    pairs = [math.log(1 + math.exp(-d)) for d in (0.15, 0.10, -0.05)]
-    assert loss.item() == pytest.approx(sum(pairs) / 3, abs=1e-12)
-
-
 # ---------------------------------------------------------------- what is reported
 
 
@@ -211,12 +157,3 @@ def test_metrics_count_each_pair_once_and_each_prompt_alike() -> None:
     assert mean(metrics, "chosen_reward") == pytest.approx(((2 + 2 + 0) / 3 + 3) / 2)
     assert mean(metrics, "rejected_reward") == pytest.approx(((0 + 1 + 1) / 3 + 5) / 2)
     assert not any(part.requires_grad for ratio in metrics.values() for part in ratio)
-
-
-def test_the_chosen_logp_is_that_of_responses_nobody_beats() -> None:
-    """Best first among (-1, -2, -3); by soft labels the second of (-4, -5); a tie and an absent response count for nothing."""
-    logp = t([-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0], [-6.0, -7.0, 0.0])
-    preference = torch.zeros(3, 3, 3, dtype=torch.float64)
-    preference[0], preference[1, 0, 1], preference[1, 1, 0] = ranked(3)[0], 0.3, 0.7
-    _, metrics = dpo_sigmoid(logp, logp, preference, mean_weight(3), 0.1)
-    assert [part.item() for part in metrics["logp_chosen"]] == [-6, 2]

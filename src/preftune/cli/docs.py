@@ -75,7 +75,7 @@ def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
 def method_facts(name: str) -> str:
     """What the row of one method says of it, as Markdown: summary, when to use it, and a list of facts and knobs."""
     method = METHODS[name]
-    kind = run_config(method.knobs, method.defaults, reference=method.reference)
+    kind = run_config(method.knobs, method.defaults, compares=method.compares)
     metric, way = method.better
     facts = [
         f"Each record needs {method.needs}.",
@@ -84,7 +84,8 @@ def method_facts(name: str) -> str:
         f"Weights: {_lower(method.reduction.__doc__)}",
         f"An evaluation is judged by `{metric}`: {'lower' if way == 'min' else 'higher'} is better.",
     ]
-    first = method.first_loss([_pair()], method.knobs())
+    pair = method.keep(_pair(), method.knobs())
+    first = method.first_loss([pair], method.knobs()) if isinstance(pair, Tree) else None
     facts += [] if first is None else [f"The first loss on pairs is {first:.6f} where the starting model is the reference."]
     facts += [f"`{row.key}` (default {row.default}): {row.doc}." for row in keys(kind) if row.key.startswith("method.")]
     facts += [f"Its own default: `{row.key}: {row.default}`." for row in keys(kind) if row.key in method.defaults]
@@ -115,12 +116,13 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 def _method_section(name: str, method: Any) -> str:
-    kind = run_config(method.knobs, method.defaults, reference=method.reference)
+    kind = run_config(method.knobs, method.defaults, compares=method.compares)
     changed = [row for row in keys(kind) if row.key in method.defaults]
     knobs = [row for row in keys(kind) if row.key.startswith("method.")]
     defaults = ", ".join(f"`{row.key}: {row.default}`" for row in changed)
     lines = [f"## `{name}`: {method.title}\n", f"{_sentence(method.summary)} {method.when}\n", f"Each record needs {method.needs}.\n"]
     lines += [] if method.reference else ["It has no reference model: `reference` and `cache_reference` are refused.\n"]
+    lines += ["`cache_reference` is refused: it needs the reference on other responses in each step.\n"] if method.survey else []
     lines += [f"Its own defaults: {defaults}.\n"] if changed else []
     lines += [_table(knobs) if knobs else "It has no knobs of its own.\n"]
     return "\n".join(lines)

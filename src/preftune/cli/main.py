@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from preftune.cli.evaluate import evaluate
 from preftune.errors import EXIT_NONFINITE, EXIT_SIGINT, EXIT_USER, NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -163,6 +164,14 @@ def chat(
     raise typer.Exit(run(model) or 0)
 
 
+app.command(
+    epilog=_examples(
+        "preftune evaluate runs/reward/final pairs.jsonl --eval-fraction 0.1",
+        "preftune evaluate runs/dpo/final held-out.jsonl --reference runs/sft/final --output dpo.json",
+    )
+)(evaluate)
+
+
 @app.command(epilog=_examples("preftune report runs/dpo"))
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]) -> None:
     """Write a run's report.html again."""
@@ -205,7 +214,7 @@ def config_kind(name: str) -> type[RunConfig]:
     from preftune.training.config import run_config
 
     method = find(name)
-    return run_config(method.knobs, {**method.defaults, "use": name}, reference=method.reference)
+    return run_config(method.knobs, {**method.defaults, "use": name}, compares=method.compares)
 
 
 def resolve(words: Sequence[str]) -> tuple[str, RunConfig]:

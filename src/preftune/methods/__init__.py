@@ -18,8 +18,10 @@ METHODS: dict[str, Method] = {row.name: row for kind in _KINDS for row in kind.R
 
 
 def find(name: str) -> Method:
-    """The row of this name. Raises UserError for an unknown one, with the nearest."""
+    """The row of this name. Raises UserError for an unknown one, with the row that others call so, or else the nearest."""
     if name in METHODS:
         return METHODS[name]
-    near = closest(name, METHODS)
+    word = name.lower().replace("-", "_")
+    known = [f"{row.name} ({row.title})" for row in METHODS.values() if word == row.name or word in row.also_known_as]
+    near = " or ".join(known) or closest(name, METHODS)
     raise UserError(f"there is no method '{name}'", fix=f"Did you mean {near}?" if near else f"The methods are {', '.join(METHODS)}.")

@@ -52,8 +52,11 @@ class Survey:
 KEEP_REASONS = {
     "no_preference": "no response is preferred over another (one response only, ties, or no rank, score or comparison)",
     "no_ranking": "its responses are not ranked: it takes two or more of them with ranks, scores or comparisons that put one above another",
-    "no_scores": "its responses have no numeric scores that differ: give two or more of them a `score`, or set `method.temperatures` to none",
+    "no_score_gaps": "its responses have no numeric scores that differ: give two or more a `score`, or set `method.temperatures` to none",
+    "no_score": "no response has a score to be learned: give at least one a `score`, a number or numbers by attribute",
     "no_weight": "the score of every response that it keeps is 0, so none of them would count",
+    "no_label": "it has no label, and none follows: give a `label`, two responses of which one is preferred, "
+    "or a `score` beside `method.threshold`",
 }
 """Why a method keeps nothing of a record, each with what the record lacks."""
 
@@ -140,6 +143,9 @@ class Method:
     keep: Keep
     reduction: Reduction
     reference: bool = False
+    """Whether the loss compares the policy with a frozen reference."""
+    reference_free: Callable[[Any], bool] = never
+    """For which knobs it does without the reference after all; none is loaded then."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of the shared settings that this method changes."""
     better: tuple[str, Literal["min", "max"]] = ("loss", "min")
@@ -151,7 +157,19 @@ class Method:
     language_head: Callable[[Any], bool] = never
     """Whether a reward model must give token log-probabilities too."""
     survey: Survey | None = None
+    min_prompts_per_step: int = 1
+    """Fewest prompts in a step with which the loss means something."""
+    advise: Callable[[Sequence[Tree], Any], str | None] = lambda trees, knobs: None
+    """What the user should know of the training records and the knobs before the run, if there is anything."""
+    demands: Callable[[Sequence[Example], Any], None] = lambda examples, knobs: None
+    """Raises UserError where the knobs ask for something that none of the training records has."""
     fit: Callable[[Sequence[Example], Any], Callable[[Example], Example]] | None = None
     """Learns from the training records how every record, the held-out ones too, is changed before it is tokenised."""
     every_turn: Callable[[Any], bool] = never
     """Whether every assistant turn of a conversation carries loss, not the last one alone."""
+    also_known_as: tuple[str, ...] = ()
+    """Names that other tools and papers have for it, lower case; whoever asks for one is told this row's name."""
+
+    def compares(self, knobs: Any) -> bool:
+        """Whether the loss needs the reference's log-probabilities with these knobs."""
+        return self.reference and not self.reference_free(knobs)

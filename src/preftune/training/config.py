@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
@@ -85,6 +86,24 @@ class LoraConfig(Section):
     )
 
 
+class ReferenceSync(Section):
+    """Let the reference follow the policy: TR-DPO (2404.09656), or a running average of the policy's weights."""
+
+    known_as: ClassVar[dict[str, str]] = {
+        "every": "ref_model_sync_steps sync_steps",
+        "mix": "ref_model_mixup_alpha",
+    }
+
+    every: Positive = Field(description="Optimizer steps between two updates of the reference (TR-DPO's hard update: about 500).")
+    mix: float = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="Share of the policy in the new reference, the rest is the old one: 0.6 is TR-DPO's soft update, "
+        "1 its hard one; a small share with `every` 1 is a running average.",
+    )
+
+
 class RunConfig(Section):
     """Everything a training run may be told."""
 
@@ -119,12 +138,14 @@ class RunConfig(Section):
         "lora": "peft use_peft use_lora adapter",
         "gradient_checkpointing": "activation_checkpointing",
         "cache_reference": "precompute_ref_log_probs",
+        "reference_sync": "sync_ref_model",
         "chat_template": "template",
         "threads": "num_threads num_workers n_jobs",
         "device": "gpu use_cpu no_cuda",
     }
 
-    has_reference: ClassVar[bool] = True
+    compares: ClassVar[Callable[[Any], bool]] = staticmethod(lambda knobs: True)
+    """Whether the method compares the policy with a reference, given its knobs."""
 
     use: str | None = Field(None, description="The method's name, so that the file alone says what to run (`preftune methods` lists them).")
     model: Text = Field(
@@ -182,6 +203,10 @@ class RunConfig(Section):
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
     cache_reference: bool = Field(False, description="Compute the reference's log-probs once, keep them on disk, and free the reference.")
+    reference_sync: ReferenceSync | None = Field(
+        None,
+        description="Let the reference follow the policy as it trains; null keeps it frozen. Evaluations compare with it as it stands.",
+    )
     chat_template: Text | None = Field(None, description="Path of a jinja file to use instead of the tokenizer's chat template.")
     max_bad_steps: int = Field(3, ge=0, description="Steps with a non-finite loss or gradient that are skipped before the run stops.")
     threads: Positive | None = Field(None, description="CPU threads; null leaves torch's choice.")
@@ -194,16 +219,32 @@ class RunConfig(Section):
         evaluates = self.eval_data is not None or self.eval_fraction > 0
         best = self.best_metric is not None
         stopping = self.early_stopping
+        alone = not type(self).compares(self.method)
         rules = (
             (
-                not self.has_reference and self.reference is not None,
+                alone and self.reference is not None,
                 "reference",
-                "`reference` has no effect: this method compares with no other model",
+                "`reference` has no effect: with these knobs the method compares with no other model",
             ),
             (
-                not self.has_reference and self.cache_reference,
+                alone and self.cache_reference,
                 "cache_reference",
-                "`cache_reference` has no effect: this method compares with no other model",
+                "`cache_reference` has no effect: with these knobs the method compares with no other model",
+            ),
+            (
+                alone and self.reference_sync is not None,
+                "reference_sync",
+                "`reference_sync` has no effect: with these knobs the method compares with no other model",
+            ),
+            (
+                self.reference_sync is not None and self.cache_reference,
+                "cache_reference",
+                "`cache_reference` and `reference_sync` exclude each other: a cached reference cannot move",
+            ),
+            (
+                self.reference_sync is not None and self.reference not in (None, self.model),
+                "reference",
+                "`reference` and `reference_sync` exclude each other: a reference that follows the policy starts as the policy does",
             ),
             (
                 self.eval_data is not None and self.eval_fraction > 0,
@@ -245,10 +286,10 @@ class RunConfig(Section):
         return self
 
 
-def run_config(knobs: type[BaseModel], defaults: dict[str, Any], *, reference: bool = True) -> type[RunConfig]:
+def run_config(knobs: type[BaseModel], defaults: dict[str, Any], *, compares: Callable[[Any], bool] | None = None) -> type[RunConfig]:
     """The config of one method: RunConfig with `knobs` as its `method` section and `defaults` in place of the general defaults.
 
-    Without `reference` the method compares with no other model, and a config that names one is refused.
+    Where `compares` says of the knobs that the method compares with no other model, a config that names one is refused.
     Raises TypeError where the method's row is wrong: knobs that are not frozen or let unknown keys pass, a default for no key.
     """
     if knobs.model_config.get("extra") != "forbid" or not knobs.model_config.get("frozen"):
@@ -265,5 +306,6 @@ def run_config(knobs: type[BaseModel], defaults: dict[str, Any], *, reference: b
         general = RunConfig.model_fields[name]
         fields[name] = (general.rebuild_annotation(), Field(value, description=general.description))
     kind = create_model("RunConfig", __base__=RunConfig, __module__=__name__, __doc__=RunConfig.__doc__, **fields)
-    kind.has_reference = reference
+    if compares is not None:
+        kind.compares = staticmethod(compares)
     return kind
