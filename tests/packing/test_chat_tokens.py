@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +194,29 @@ def test_regression_24_prompt_and_response_decode_back(prompt: str, texts: list[
 
 
 CHATS = [chat(bos=False), chat(bos=True)]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("sort", [[1, 0], [0, 1]])
+def test_regression_42_tokens_of_a_paddlenlp_row_decode_to_its_dialogue(tmp_path: Path, turns: int, sort: list[int]) -> None:
+    """PaddleNLP's reader is off by one in its history, so that the last user turn stands there twice; each turn stands once here."""
+    asked, told = [f"Question {n}?" for n in range(turns)], [f"Answer {n}." for n in range(turns)]
+    row = {"src": asked, "tgt": told[:-1], "response": ["This.", "That."], "sort": sort}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"src": asked[0], "tgt": ""} if turns == 1 else row) + "\n")
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text(json.dumps({"src": asked, "tgt": told}) + "\n")
+    tokenizer = chat()
+    spoken = [f"<|user|>{a}<|end|>\n<|assistant|>{b}" for a, b in zip(asked, [*told[:-1], ""], strict=True)]
+    history = "<|end|>\n".join(spoken)
+    for example in formats.read(file).examples:
+        tree = only(tokenizer, example)
+        whole = [tokenizer.decode([*tree.prompt, *response], special=True) for response in tree.responses]
+        better, worse = ("This.", "That.") if sort == [1, 0] else ("That.", "This.")
+        assert whole == [f"{history}{better}<|end|>", f"{history}{worse}<|end|>"] and tree.scores[0] > tree.scores[1]
+    (example,) = formats.read(sft).examples
+    tree = only(tokenizer, example)
+    assert tokenizer.decode([*tree.prompt, *tree.responses[0]], special=True) == f"{history}{told[-1]}<|end|>"
 
 
 # ---------------------------------------------------------------- templates that rewrite

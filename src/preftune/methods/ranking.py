@@ -86,10 +86,10 @@ def _keep_for_pro(tree: Tree, knobs: PROKnobs) -> Tree | str:
         return keep_ranked(tree, knobs)
     ratings = tree.ratings.get(SCORE, tree.ratings.get("overall"))
     if ratings is None:
-        return "no_scores"
+        return "no_score_gaps"
     from_best = (ratings - np.nanmax(ratings))[:, None]  # only gaps count, and single precision holds small numbers best
     kept = keep_ranked(replace(tree, scores=ratings, rated=from_best), knobs)
-    return "no_scores" if isinstance(kept, str) else kept
+    return "no_score_gaps" if isinstance(kept, str) else kept
 
 
 def _log_orders(trees: Sequence[Tree], knobs: Any) -> float:

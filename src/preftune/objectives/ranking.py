@@ -83,8 +83,8 @@ def pro(ranked: Ranked, sft_weight: float = 0.05, ratings: Tensor | None = None)
     """
     values = ranked.mean
     ranking = plackett_luce(values, ranked.order) if ratings is None else gap_contrast(values, ranked.order, ratings)
-    responses = ranked.length.gt(0).sum(1)
-    return ranked.result(ranking - sft_weight * (responses - 1) ** 2 * ranked.summed_likelihood, values)
+    others = ranked.length.gt(0).sum(1).to(values.dtype) - 1
+    return ranked.result(ranking - sft_weight * others**2 * ranked.summed_likelihood, values)
 
 
 def gap_contrast(values: Tensor, order: Tensor, ratings: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ def gap_contrast(values: Tensor, order: Tensor, ratings: Tensor) -> Tensor:
 
 
 def knowpat(ranked: Ranked, strength: float = 0.01) -> tuple[Tensor, Metrics]:
-    """NLL of the best + `strength` * mean over k of mu_k [softplus(-S_k) + mean over what ranks below k of softplus(S_i)]; arXiv:2311.06503.
+    """NLL of the best + `strength` * mean over k of mu_k [softplus(-S_k) + mean over i below k of softplus(S_i)]; arXiv:2311.06503.
 
-    S is the mean log-probability of a token, k runs over the responses that have any below them (n - 1 of them without ties), and
+    S is the mean log-probability of a token, k runs over the responses that have any ranked below them (n - 1 of them without ties), and
     mu_k = (S_k - min S) / (max S - min S), without gradient, is 1 where all S are equal. Tied responses are not each other's negatives.
 
     >>> one, order = torch.ones(1), torch.ones(1, 3, 3).triu(1).bool()
