@@ -106,6 +106,22 @@ def read_sides(config: RunConfig) -> tuple[Read, Read | None]:
     return dataclasses.replace(train, rows=train.rows - len(held), examples=kept), side
 
 
+def require_settings(method: Method, config: RunConfig) -> None:
+    """Say before any record is read when the method cannot work with these settings."""
+    if config.prompts_per_step < method.min_prompts_per_step:
+        raise UserError(
+            f"the loss compares the prompts of a step with each other, and {config.prompts_per_step} is too few",
+            where="prompts_per_step",
+            fix=f"Set prompts_per_step to {method.min_prompts_per_step} or more; tokens_per_microbatch is what limits memory.",
+        )
+    if config.cache_reference and method.survey is not None:
+        raise UserError(
+            "the loss needs the reference on prompts and responses that are put together anew in each step, so it cannot be cached",
+            where="cache_reference",
+            fix="Set cache_reference to false.",
+        )
+
+
 def require(method: Method, knobs: Any, examples: Sequence[Example], name: str) -> None:
     """Say before any model is loaded when no record has what the method needs."""
     usable = sum(not isinstance(method.keep(_untokenised(e), knobs), str) for e in examples[:1000])
@@ -167,6 +183,7 @@ def seed(value: int) -> None:
 def prepare(method_name: str, config: RunConfig, world: World, console: Console) -> Setup:
     """Read, judge and tokenise the data, then load the model. Raises UserError for whatever the user can mend."""
     method = METHODS[method_name]
+    require_settings(method, config)
     train_read, held_read = read_sides(config)
     if method.fit is not None:
         change = method.fit(train_read.examples, config.method)
@@ -191,7 +208,8 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
     held = tokenise(held_read, tokenizer, method, config.method, config.max_length) if held_read else None
     seed(config.seed)
     compute = compute_dtype(config.precision, world.device)
-    notices: list[str] = []
+    advice = method.advise(train.trees, config.method)
+    notices = [advice] if advice else []
     model, adapter, notice = load_model(method, config, source, compute, world)
     if notice:
         notices.append(notice)
