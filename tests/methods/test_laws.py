@@ -65,7 +65,8 @@ class Table:
         rows = rows or {t.id: list(range(len(t.responses))) for t in trees}
 
         def grid(values: dict[str, Tensor]) -> Tensor:
-            full = torch.full(batch.present.shape, absent, dtype=torch.float64)
+            heads = next(iter(values.values())).shape[1:]
+            full = torch.full((*batch.present.shape, *heads), absent, dtype=torch.float64)
             return torch.stack([torch.cat([values[t.id][rows[t.id]], full[g, len(t.responses) :]]) for g, t in enumerate(trees)])
 
         tokens = torch.cat([self.token_logp[t.id][n] for t in trees for n in rows[t.id]])
@@ -91,18 +92,25 @@ Result = tuple[float, list[Tensor], dict[str, float]]
 
 
 def step(
-    method: Method, table: Table, parts: Sequence[Sequence[Tree]], *, orders: dict[str, list[int]] | None = None, absent=0.0
+    method: Method,
+    table: Table,
+    parts: Sequence[Sequence[Tree]],
+    *,
+    orders: dict[str, list[int]] | None = None,
+    absent: float = 0.0,
+    knobs: Any = None,
 ) -> Result:
     """Loss, gradients of the table and metrics of one step on records cut into micro-batches.
 
     `orders[id]` says in which order a record lists its responses; the table stays as it was.
     """
+    knobs = knobs or knobs_of(method)
     kept, rows = [], {}
     for part in parts:
         kept.append([])
         for tree in part:
             order = (orders or {}).get(tree.id, list(range(len(tree.responses))))
-            told = method.keep(named(tree).keep(order), knobs_of(method))
+            told = method.keep(named(tree).keep(order), knobs)
             assert isinstance(told, Tree)
             rows[tree.id] = [int(r[0]) for r in told.responses]
             kept[-1].append(dataclasses.replace(told, responses=tuple(r[1:] for r in told.responses)))
@@ -110,7 +118,7 @@ def step(
     loss, sums = torch.zeros((), dtype=torch.float64), {}
     for part in (part for part in kept if part):
         batch = collate(part, totals, method.reduction)
-        one, metrics = method.loss(only_needed(method, table.outputs(batch, part, rows, absent), knobs_of(method)), batch, knobs_of(method))
+        one, metrics = method.loss(only_needed(method, table.outputs(batch, part, rows, absent), knobs), batch, knobs)
         loss = loss + one
         for name, ratio in metrics.items():
             for end, value in zip(("above", "below"), ratio, strict=True):

@@ -36,7 +36,7 @@ def test_a_slip_in_a_methods_name_is_answered_with_the_nearest() -> None:
     assert find("dpo") is METHODS["dpo"]
     with pytest.raises(UserError, match=r"there is no method 'rewards'\. Did you mean reward"):
         find("rewards")
-    with pytest.raises(UserError, match="The methods are sft, reward, dpo"):
+    with pytest.raises(UserError, match="The methods are sft, reward, reward_pointwise, "):
         find("xyzzy")
 
 

@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from preftune.objectives.listwise import plackett_luce
+from preftune.objectives.listwise import plackett_luce, reward_listwise
 from preftune.objectives.pairwise import bradley_terry
 
 
@@ -50,3 +52,40 @@ def test_huge_values_and_absent_responses_stay_finite() -> None:
     loss = plackett_luce(values, nothing)
     (slope,) = torch.autograd.grad(loss.sum(), values)
     assert loss.isfinite().all() and slope.isfinite().all() and slope[0, 2] == 0 and loss.item() == pytest.approx(2000)
+
+
+# ---------------------------------------------------------------- the reward model, C.4
+
+
+def test_the_reward_loss_is_the_sum_or_the_mean_over_stages() -> None:
+    """(2, 1, 0) has two stages, a pair one, and a ranking whose last two are tied one; ln 4! over three stages at equality."""
+    values = torch.tensor([[2.0, 1, 0], [0, 0, 0], [1, 0, 0]], dtype=torch.float64)
+    order = better([[3, 2, 1], [1, 0, float("nan")], [1, 0, 0]])
+    each = [0.720868, math.log(2), math.log(math.e + 2) - 1]
+    weight = torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert reward_listwise(values, order, weight)[0].item() == pytest.approx(sum(each) / 3, abs=1e-6)
+    each[0] /= 2
+    assert reward_listwise(values, order, weight, mean_over_stages=True)[0].item() == pytest.approx(sum(each) / 3, abs=1e-6)
+    equal = torch.zeros(1, 4, dtype=torch.float64)
+    found = reward_listwise(equal, better([[4, 3, 2, 1]]), torch.ones(1, dtype=torch.float64), mean_over_stages=True)[0]
+    assert found.item() == pytest.approx(math.log(24) / 3)
+    nothing = reward_listwise(equal.requires_grad_(), better([[1, 1, 1, 1]]), torch.ones(1, dtype=torch.float64), mean_over_stages=True)[0]
+    assert nothing.item() == 0 and not nothing.isnan()
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=2, max_size=5), st.booleans())
+def test_against_the_stages_written_out(responses: list[tuple[float, int]], mean: bool) -> None:
+    values, ranks = [v for v, _ in responses], [r for _, r in responses]
+    stages = [
+        math.log(math.exp(v) + sum(math.exp(w) for w, s in responses if s < r)) - v for v, r in responses if any(s < r for s in ranks)
+    ]
+    expected = sum(stages) / (max(len(stages), 1) if mean else 1)
+    order, one = better([[float(r) for r in ranks]]), torch.ones(1, dtype=torch.float64)
+    rewards = torch.tensor([values], dtype=torch.float64, requires_grad=True)
+    assert reward_listwise(rewards, order, one, mean)[0].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert torch.autograd.gradcheck(lambda r: reward_listwise(r, order, one, mean)[0], rewards)
+
+
+def test_accuracy_counts_the_pairs_of_the_ranking() -> None:
+    _, metrics = reward_listwise(torch.tensor([[2.0, 0.0, 1.0]]), better([[3, 2, 1]]), torch.ones(1))
+    assert (metrics["accuracy"][0] / metrics["accuracy"][1]).item() == pytest.approx(2 / 3)

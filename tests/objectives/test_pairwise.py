@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from preftune.objectives.pairwise import bradley_terry, pair_metrics, reward_pairwise
+from preftune.objectives.pairwise import bradley_terry, pair_metrics, reward_pairwise, smoothed
 
 VALUE = st.floats(-6, 6)
 
@@ -126,6 +126,81 @@ def test_regression_37_large_differences_stay_finite(gap: float, dtype: torch.dt
     assert loss.item() == pytest.approx(gap) and rewards.grad.tolist() == [[-1, 1]]
     right = torch.tensor([[gap, 0.0]], dtype=dtype, requires_grad=True)
     assert bradley_terry(right, ranked(2).to(dtype)).item() == pytest.approx(0, abs=1e-30)
+
+
+# ---------------------------------------------------------------- margins of graded strength (C.3) and labels that may be wrong
+
+
+def strengths(*values: float) -> Tensor:
+    """[G, 2, 2] strength of the preference of a pair that stands best first."""
+    return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) * ranked(2, len(values))
+
+
+@pytest.mark.parametrize(("lead", "margin", "expected"), [(1, 1, math.log(2)), (1, 1 / 3, 0.414370), (2, 3, 1.313262)])
+def test_the_reward_must_lead_by_the_margin(lead: float, margin: float, expected: float) -> None:
+    assert reward([[lead, 0]], strength=strengths(margin)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_mean_over_records_of_different_strength() -> None:
+    assert reward([[1, 0], [2, 2.5]], strength=strengths(1, 0)).item() == pytest.approx(0.8336, abs=5e-5)
+    assert reward([[1, 0], [2, 2.5]], strength=strengths(0, 0)).item() == pytest.approx(0.643669, abs=1e-6)
+
+
+@pytest.mark.parametrize("gap", [89.0, 1e3, 1e30])
+def test_regression_37_a_margin_is_honoured_and_nothing_overflows(gap: float) -> None:
+    """log(1 + exp(x)) overflows from x = 88.7 in fp32, and drops the margin; here the loss is gap + margin with slope 1."""
+    rewards = torch.tensor([[0.0, gap]], requires_grad=True)
+    loss = reward_pairwise(rewards, ranked(2).float(), torch.ones(1), strength=3 * ranked(2).float())[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(gap + 3) and rewards.grad.tolist() == [[-1, 1]]
+    right = reward_pairwise(torch.tensor([[gap, 0.0]]), ranked(2).float(), torch.ones(1), strength=torch.full((1, 2, 2), 1e32))[0]
+    assert right.isfinite() and right > 1e31, "a margin beyond the lead is a loss, however large"
+
+
+def test_strengths_of_what_is_not_preferred_change_nothing() -> None:
+    """Ties, absent responses, and a minority that judged the other way round."""
+    preference = torch.zeros(1, 3, 3, dtype=torch.float64)
+    preference[0, 0, 1], preference[0, 1, 0] = 0.75, 0.25
+    strength = torch.zeros(1, 3, 3, dtype=torch.float64)
+    strength[0, 0, 1] = 2.0
+    plain = reward([[0.5, -1, 9]], preference, strength=strength).item()
+    strength[0, 1, 0], strength[0, 0, 2], strength[0, 2, 1] = 5.0, 7.0, 3.0
+    assert reward([[0.5, -1, 9]], preference, strength=strength).item() == plain
+    assert plain == pytest.approx(0.75 * math.log1p(math.exp(0.5)) + 0.25 * math.log1p(math.exp(-0.5)))
+
+
+@given(st.lists(VALUE, min_size=2, max_size=4), st.floats(0, 0.49), st.data())
+def test_smoothing_margins_and_soft_labels_written_out(values: list[float], wrong: float, data) -> None:
+    """-[p' log sigma(D - m) + (1 - p') log sigma(m - D)], p' = (1 - e) p + e (1 - p): under any label the two chances sum to 1."""
+    n = len(values)
+    preference, strength = (torch.zeros(1, n, n, dtype=torch.float64) for _ in range(2))
+    losses = []
+    for i, j in itertools.combinations(range(n), 2):
+        p, m = data.draw(st.sampled_from([1.0, 0.7, None])), data.draw(st.sampled_from([0.0, 1 / 3, 3.0]))
+        if p is not None:
+            i, j = data.draw(st.permutations([i, j]))
+            preference[0, i, j], preference[0, j, i], strength[0, i, j] = p, 1 - p, m
+            chance = 1 / (1 + math.exp(m - values[i] + values[j]))
+            p = (1 - wrong) * p + wrong * (1 - p)
+            losses.append(-p * math.log(chance) - (1 - p) * math.log(1 - chance))
+    found = reward([values], preference, label_smoothing=wrong, strength=strength).item()
+    assert found == pytest.approx(sum(losses) / len(losses) if losses else 0.0, rel=1e-6, abs=1e-9)
+    check = lambda r: reward(r, preference, centering=0.2, label_smoothing=wrong, strength=strength)
+    assert torch.autograd.gradcheck(check, t(values).requires_grad_())
+
+
+def test_a_smoothed_label_is_least_where_the_lead_is_margin_plus_its_odds() -> None:
+    """e = .1, m = 1: least at D = 1 + ln 9; and a soft label of .5 +- nothing stays a tie that teaches nothing."""
+    rewards = t([1 + math.log(9), 0.0]).requires_grad_()
+    reward(rewards, label_smoothing=0.1, strength=strengths(1)).backward()
+    assert rewards.grad.abs().max() < 1e-12
+    torch.testing.assert_close(smoothed(ranked(2), 0.1), t([[0.0, 0.9], [0.1, 0.0]]))
+    assert smoothed(torch.zeros(1, 2, 2), 0.1).eq(0).all()
+
+
+def test_metrics_are_of_the_labels_as_given() -> None:
+    _, metrics = reward_pairwise(t([1.0, 0.0]), ranked(2), mean_weight(1), label_smoothing=0.3, strength=strengths(9))
+    assert mean(metrics, "accuracy") == 1 and mean(metrics, "margin") == 1
 
 
 def test_no_pair_no_loss_and_no_gradient() -> None:

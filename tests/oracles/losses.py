@@ -101,6 +101,30 @@ def reward_listwise(mean_over_stages: bool = False, imitation: float = 0.0) -> f
     return float(np.mean(losses))
 
 
+def pairwise(value: Any, loss: Any, imitate: float = 0.0) -> float:
+    """Mean over records of the mean over pairs of `loss` at the difference of `value(tokens, reference)`; `imitate` times C.5 beside it."""
+    losses = []
+    for record in RECORDS:
+        v = [value(np.array(tokens), reference) for tokens, reference in zip(record["logps"], record["reference"], strict=True)]
+        losses.append(np.mean([loss(v[i] - v[j]) for i, j in pairs(record["ranks"])]) + imitate * best_nll(record))
+    return float(np.mean(losses))
+
+
+def ratio(tokens: np.ndarray, reference: float) -> float:
+    """Log of how much likelier the policy finds a response than the reference does."""
+    return float(tokens.sum() - reference)
+
+
+def raw(tokens: np.ndarray, reference: float) -> float:
+    """Log-probability of a response, without reference."""
+    return float(tokens.sum())
+
+
+def mean_ratio(tokens: np.ndarray, reference: float) -> float:
+    """`ratio` for each token."""
+    return float((tokens.sum() - reference) / len(tokens))
+
+
 def dpo(beta: float = 0.1) -> float:
     """Methods E.1."""
     return pairwise(ratio, lambda d: softplus(-beta * d))
