@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from preftune.errors import UserError
 from preftune.formats.order import ordering, preferences
+from preftune.packing.turns import join, one_record_a_turn
 from preftune.records import Example, Message
 
 log = logging.getLogger(__name__)
@@ -92,9 +93,11 @@ class Tree:
 
 @dataclass
 class Tokenization:
-    """Trees, and why the records that gave none were dropped: len(trees) + sum(dropped.values()) == records in."""
+    """Trees, and why the records that gave none were dropped: kept + sum(dropped.values()) == records in."""
 
     trees: list[Tree] = field(default_factory=list)
+    kept: int = 0
+    """Records that gave trees: one each, or more where every turn of a conversation is learned."""
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_where: dict[str, list[str]] = field(default_factory=dict)
     truncated_responses: int = 0
@@ -229,23 +232,56 @@ class ChatTokenizer:
                 return None if self.decode(ids[at:]).strip() else ids[:at]
         return ids
 
-    def tokenize(self, examples: Iterable[Example], max_length: int | None) -> Tokenization:
-        """All records to trees; every record is in `trees` or counted in `dropped` under a named reason."""
+    def tokenize(
+        self,
+        examples: Iterable[Example],
+        max_length: int | None,
+        *,
+        keep: Callable[[Tree], Tree | str] = lambda tree: tree,
+        every_turn: bool = False,
+    ) -> Tokenization:
+        """All records to trees; every record is among the `kept` or counted in `dropped` under a named reason.
+
+        `keep` says what is used of a tree, or why nothing is. With `every_turn` the assistant turns of a prompt carry loss too.
+        """
         result = Tokenization()
         for example in examples:
-            tree, reason, cut, apart = self.encode(example, max_length)
-            result.truncated_responses += cut
-            result.joined_apart += apart
-            if tree is None:
-                result.drop(reason, example)
+            found = self._trees(one_record_a_turn(example) if every_turn else [example], max_length, keep, result)
+            if isinstance(found, str):
+                result.drop(found, example)
             else:
-                result.trees.append(tree)
+                result.trees += found
+                result.kept += 1
         if result.joined_apart:
             log.warning(
                 "%d responses were tokenised on their own, because joined with their prompt they would change the prompt's last tokens",
                 result.joined_apart,
             )
         return result
+
+    def _trees(
+        self, turns: Sequence[Example], max_length: int | None, keep: Callable[[Tree], Tree | str], result: Tokenization
+    ) -> list[Tree] | str:
+        """The trees of one record, given as a record for each turn that is learned, or why it is dropped.
+
+        A fault in any turn drops the record; turns behind the window are cut off like tokens behind it.
+        """
+        trees, behind = [], 0
+        for turn in turns:
+            tree, reason, cut, apart = self.encode(turn, max_length)
+            result.truncated_responses += cut
+            result.joined_apart += apart
+            told = reason if tree is None else keep(tree)
+            if not isinstance(told, str):
+                trees.append(told)
+            elif told == "prompt_too_long":
+                behind += 1
+            else:
+                return told
+        if not trees:
+            return "prompt_too_long"
+        result.truncated_responses += behind
+        return join(trees)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of these ids, without special tokens unless asked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from rich.console import Console
@@ -13,6 +14,8 @@ from preftune.errors import UserError
 from preftune.models.policy import TOLERANCE, layout_gap
 from preftune.packing.batch import Totals, collate, microbatches
 from preftune.packing.chat import Tree
+from preftune.packing.turns import one_record_a_turn, spoken
+from preftune.records import Example
 from preftune.training.config import RunConfig
 from preftune.training.distributed import World
 from preftune.training.setup import Setup, prepare
@@ -34,7 +37,8 @@ def checks(setup: Setup, *, everything: bool) -> Iterator[Line]:
     """Check lines in the order a run depends on them; the costly ones only when `everything` is asked for."""
     setup.learner.model.eval()  # an adapter's dropout would make every comparison fail
     trees = setup.train.trees
-    some = trees if everything else trees[:FEW]
+    first = {_record(tree) for tree in trees[:FEW]}  # whole records, of which some have several trees
+    some = trees if everything else [tree for tree in trees if _record(tree) in first]
     yield Line("records", bool(trees), setup.train.sentence())
     yield _one_bos(setup, some)
     yield _turn_ends(setup, some)
@@ -61,29 +65,51 @@ def _one_bos(setup: Setup, trees: Sequence[Tree]) -> Line:
 def _turn_ends(setup: Setup, trees: Sequence[Tree]) -> Line:
     end = setup.tokenizer.turn_end
     for tree in trees:
-        for ids, finished in zip(tree.responses, tree.finished, strict=True):
-            if finished != (ids[-1] == end) and finished:
+        for ids, finished in spoken(tree):
+            if finished and ids[-1] != end:
                 return Line("EOS on finished responses", False, f"{tree.where}: a finished response does not end with {end}")
     text = setup.tokenizer.decode([end], special=True)
     return Line("EOS on finished responses", True, f"{text!r} ends every finished response and carries loss; a cut response has none")
 
 
 def _round_trip(setup: Setup, trees: Sequence[Tree]) -> Line:
-    examples = {e.id: e for e in setup.train.examples}
-    looked, odd = 0, []
-    for tree in trees:
-        written = [r.text.strip() for r in examples[tree.id].responses]
-        same = len(written) == len(tree.responses)  # else the method kept some of them, and which is not known here
-        for n, (ids, finished) in enumerate(zip(tree.responses, tree.finished, strict=True)):
+    """Each finished turn that carries loss is one of the record's, verbatim and in order, and none that fits the window is missing."""
+    name, examples = "responses survive tokenising", {(e.id, e.where): e for e in setup.train.examples}
+    looked, odd, lost = 0, [], []
+    for key, parts in groupby(trees, key=_record):
+        found = [turn for tree in parts for turn in spoken(tree)]
+        history, responses = _written(setup, examples[key])
+        kept = len(found) - len(history)
+        if kept < bool(responses):
+            lost.append(key[1])
+        for n, (ids, finished) in enumerate(found):
             if not finished:
                 continue
             looked += 1
-            text = setup.tokenizer.decode(ids[:-1].tolist(), special=True).strip()
-            if text not in (written[n : n + 1] if same else written):
-                odd.append(tree.where)
+            # where the method kept some of the responses, which they are is not known here
+            wanted = history[n : n + 1] or (responses[n - len(history) :][:1] if kept == len(responses) else responses)
+            if setup.tokenizer.decode(ids[:-1].tolist(), special=True).strip() not in wanted:
+                odd.append(key[1])
     if odd:
-        return Line("responses survive tokenising", False, f"{len(odd)} responses decode to another text, for instance {odd[0]}")
-    return Line("responses survive tokenising", True, f"tokens decode to the response's own text in {looked} finished responses")
+        return Line(name, False, f"{len(odd)} responses decode to another text, for instance {odd[0]}")
+    if lost:
+        return Line(name, False, f"{len(lost)} records lack a turn that should carry loss, for instance {lost[0]}")
+    return Line(name, True, f"tokens decode to the response's own text in {looked} finished responses")
+
+
+def _record(tree: Tree) -> tuple[str, str]:
+    """Which record a tree is of."""
+    return tree.id, tree.where
+
+
+def _written(setup: Setup, example: Example) -> tuple[list[str], list[str]]:
+    """The texts of the history's turns that carry loss, and of the responses; what lies behind max_length is left out."""
+    if not setup.method.every_turn(setup.config.method):
+        return [], [r.text.strip() for r in example.responses]
+    fits = lambda turn: len(setup.tokenizer.encode_prompt(turn.prompt)) < setup.config.max_length
+    *history, last = one_record_a_turn(example)
+    texts = [turn.responses[0].text.strip() for turn in history if fits(turn)]
+    return texts, [r.text.strip() for r in last.responses] if fits(last) else []
 
 
 def _loss_carried(trees: Sequence[Tree]) -> Line:
