@@ -6,7 +6,7 @@ Hand over what ties values together (the prompt, the rater) as `clusters` wherev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,51 @@ def clustered_mean_ci(
     tail = norm.cdf(-np.sqrt(count / (count - 1)) * t.ppf(0.5 + level / 2, count - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
     return Estimate(mean, float(low), float(high), x.size, count, level, f"bootstrap over {count} clusters")
+
+
+def clustered_ci(
+    statistic: Callable[[NDArray[np.int64]], float],
+    size: int,
+    clusters: Sequence[Any] | NDArray[Any] | None = None,
+    level: float = 0.95,
+    rounds: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Any statistic of `size` values with the interval of `clustered_mean_ci`: whole clusters are resampled and it is computed anew.
+
+    `statistic` takes indices of values, some of them several times, and gives a number. Resamples in which it is not finite (a
+    correlation where nothing varies) are left out, and `method` says how many; where that is half of them or more there is no interval.
+    Raises ValueError for lists of unequal length, a level outside (0, 1) or no rounds.
+    """
+    _check_level(level)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1: {rounds}")
+    names = np.arange(size) if clusters is None else np.asarray(clusters)
+    if names.shape != (size,):
+        raise ValueError(f"one cluster per value: {size} values, {names.size} clusters")
+    if size == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0, 0, level, "no values")
+    value = float(statistic(np.arange(size)))
+    _, index = np.unique(names, return_inverse=True)
+    count = int(index.max()) + 1
+    if count == 1 or not np.isfinite(value):
+        why = "all values come from one cluster" if count == 1 else "the figure is not defined for these values"
+        return Estimate(value, np.nan, np.nan, size, count, level, f"no interval: {why}")
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(np.repeat(np.arange(size), taken[index])) for taken in _draws(rng, count, rounds)], dtype=np.float64)
+    finite = drawn[np.isfinite(drawn)]
+    if 2 * finite.size <= rounds:
+        return Estimate(value, np.nan, np.nan, size, count, level, "no interval: too few resamples define the figure")
+    tail = norm.cdf(-np.sqrt(count / (count - 1)) * t.ppf(0.5 + level / 2, count - 1))
+    low, high = np.quantile(finite, [tail, 1 - tail])
+    note = f", {rounds - finite.size} of {rounds} resamples left out" if finite.size < rounds else ""
+    return Estimate(value, float(low), float(high), size, count, level, f"bootstrap over {count} clusters{note}")
+
+
+def _draws(rng: np.random.Generator, count: int, rounds: int) -> Iterator[NDArray[np.int64]]:
+    """How often each of `count` clusters is taken, once a round."""
+    share = np.full(count, 1 / count)
+    return (rng.multinomial(count, share) for _ in range(rounds))
 
 
 def paired_difference_ci(
