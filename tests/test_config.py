@@ -362,7 +362,7 @@ def test_template_holds_every_key_and_loads_when_filled_in(tmp_path: Path) -> No
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert configfile.load(Run, path, ["model=m", "data=d", "output=o"]) == Run(model="m", data="d", output="o")
-    optional = "eval_data|early_stopping|lora"
+    optional = "eval_data|early_stopping|lora|reference_sync"
     opened = re.sub(rf"(?m)^# (?=  |(?:{optional}):)", "", re.sub(rf"(?m)^({optional}): null$", "", text))
     everything = YAML(typ="safe", pure=True).load(opened)
     assert list(everything) == list(Run.model_fields)

@@ -27,6 +27,7 @@ CASES = {
     "dpo": ("dpo", "eval_every=3"),
     "reward": ("reward", *LORA),
     "sft": ("sft", "gradient_checkpointing=true"),
+    "dpo, moving reference": ("dpo", "reference_sync.every=2", "reference_sync.mix=0.5"),
 }
 
 
@@ -98,7 +99,7 @@ def run_two(target: Any, *args: Any, failpoint: str = "") -> list[int | None]:
     return [one.exitcode for one in both]
 
 
-@pytest.mark.parametrize("case", ["reward", "sft"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "dpo"])
 def test_regression_35_two_processes_log_and_end_as_one(case: str, tiny_llama: Path, tmp_path: Path) -> None:
     method, *words = CASES[case]
     both = run_two(runs._child, command(method, tiny_llama, tmp_path / "two", *words), str(tmp_path / "log"), "")

@@ -121,7 +121,7 @@ def _method_section(name: str, method: Any) -> str:
     knobs = [row for row in keys(kind) if row.key.startswith("method.")]
     defaults = ", ".join(f"`{row.key}: {row.default}`" for row in changed)
     lines = [f"## `{name}`: {method.title}\n", f"{_sentence(method.summary)} {method.when}\n", f"Each record needs {method.needs}.\n"]
-    lines += [] if method.reference else ["It has no reference model: `reference` and `cache_reference` are refused.\n"]
+    lines += [] if method.reference else ["It has no reference model: `reference`, `cache_reference` and `reference_sync` are refused.\n"]
     lines += ["`cache_reference` is refused: it needs the reference on other responses in each step.\n"] if method.survey else []
     lines += [f"Its own defaults: {defaults}.\n"] if changed else []
     lines += [_table(knobs) if knobs else "It has no knobs of its own.\n"]

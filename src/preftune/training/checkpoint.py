@@ -54,6 +54,10 @@ class Checkpoint:
         """The tensors saved under `group`, read from disk now."""
         return load_file(self.path / f"{group}{_SUFFIX}", device=str(device))
 
+    def everything(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of every group, read from disk now."""
+        return {group: self.tensors(group) for group in self.groups}
+
 
 def step_path(root: Path, step: int) -> Path:
     """Where the checkpoint of `step` lives."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from preftune.objectives.metrics import Metrics
 from preftune.packing.batch import Batch, Totals, collate, microbatches
 from preftune.packing.chat import Tree
 from preftune.training.distributed import World
-from preftune.training.reference import Reference
+from preftune.training.reference import MovingReference, Reference
 
 
 class Interrupted(Exception):
@@ -89,7 +89,7 @@ class Learner:
     def outputs(self, batch: Batch) -> Outputs:
         """What the models say of one micro-batch."""
         reference = batch.reference_logp
-        if self.method.reference and reference is None:
+        if self.method.compares(self.knobs) and reference is None:
             assert self.reference is not None
             reference = self.reference(batch)
         if isinstance(self.model, RewardModel):
@@ -143,6 +143,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if isinstance(self.reference, MovingReference):
+                self.reference.follow(index + 1)
         self.optimizer.zero_grad(set_to_none=True)
         ids, where = tuple(t.id for t in trees), tuple(t.where for t in trees)
         return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids, where)
@@ -174,27 +176,34 @@ class Learner:
             yield collate([trees[i] for i in part], totals, self.method.reduction).to(self.world.device)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint must hold of the model and the optimizer, by name."""
+        """Everything a checkpoint must hold of the model, the optimizer and a reference that moves, by name."""
         assert self.optimizer is not None
         state = {
             f"{name}/{key}": value for name, p in self.parameters.items() for key, value in sorted(self.optimizer.state.get(p, {}).items())
         }
-        return {"model": dict(self.parameters), "optimizer": state}
+        moving = {"reference": dict(self.reference.tensors)} if isinstance(self.reference, MovingReference) else {}
+        return {"model": dict(self.parameters), "optimizer": state, **moving}
 
     @torch.no_grad()
-    def restore(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put back what `tensors` gave."""
         assert self.optimizer is not None
-        if model.keys() != self.parameters.keys():
-            odd = sorted(model.keys() ^ self.parameters.keys())[:3]
-            raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(odd)}")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(model[name])
+        _copy(tensors["model"], self.parameters)
+        if isinstance(self.reference, MovingReference):
+            _copy(tensors["reference"], self.reference.tensors)
         self.optimizer.state.clear()
-        for name, value in optimizer.items():
+        for name, value in tensors["optimizer"].items():
             owner, _, key = name.rpartition("/")
             parameter = self.parameters[owner]
             self.optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    if saved.keys() != into.keys():
+        odd = sorted(saved.keys() ^ into.keys())[:3]
+        raise ValueError(f"the checkpoint's tensors are not this model's: {', '.join(odd)}")
+    for name, tensor in into.items():
+        tensor.copy_(saved[name])
 
 
 def _add(sums: dict[str, float], loss: Tensor, metrics: Metrics) -> None:

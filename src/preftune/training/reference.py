@@ -1,9 +1,9 @@
-"""Log-probabilities under the frozen reference: from a second model, from the policy without its adapter, or from a cache."""
+"""Log-probabilities under the reference: from a second model, the policy without its adapter, a cache, or weights that follow it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,34 @@ def live_reference(model: LanguageModel, without: Callable[[], AbstractContextMa
             return batch.per_response(model(batch))
 
     return logp
+
+
+class MovingReference:
+    """A reference that follows the policy: TR-DPO's updates (2404.09656), or an average of the policy's weights.
+
+    It shares the policy's module and holds only its own values of what trains, all weights or an adapter's.
+    """
+
+    def __init__(self, model: LanguageModel, parameters: Mapping[str, Tensor], every: int, mix: float) -> None:
+        self.model, self.policy, self.every, self.mix = model, parameters, every, mix
+        self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """[G, N] summed log-probabilities under the reference as it stands, dropout off."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return batch.per_response(torch.func.functional_call(self.model, self.tensors, (batch,)))
+        finally:
+            self.model.train(training)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """reference <- mix * policy + (1 - mix) * reference when `step`, counted from 1, is a multiple of `every`."""
+        if step % self.every == 0:
+            for name, tensor in self.tensors.items():
+                tensor.lerp_(self.policy[name], self.mix)
 
 
 def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int, device: torch.device) -> Iterator[int]:

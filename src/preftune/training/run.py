@@ -80,6 +80,13 @@ class Run:
         config, learner = self.config, self.setup.learner
         total = steps_per_epoch(len(self.setup.train.trees), config.prompts_per_step) * config.epochs
         total = min(total, config.max_steps or total)
+        sync = config.reference_sync
+        if sync is not None and sync.every >= total:
+            raise UserError(
+                f"the reference would never move: the run has {total} steps",
+                where="reference_sync.every",
+                fix=f"Set it below {total}, or set reference_sync to null." if total > 1 else "Set reference_sync to null.",
+            )
         learner.optimizer = make_optimizer(learner.parameters, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps)
         learner.schedule = Schedule(config.lr, total, config.warmup, config.schedule, config.min_lr_ratio)
         return total
@@ -98,7 +105,7 @@ class Run:
         found = found or checkpoint.load(checkpoint.step_path(path, step))
         for problem in found.problems:
             self.console.print(f"[yellow]{problem}; the checkpoint before it is used[/yellow]", soft_wrap=True)
-        self.setup.learner.restore(found.tensors("model"), found.tensors("optimizer"))
+        self.setup.learner.restore(found.everything())
         self.position = Position(step, Cursor(**found.state["cursor"]))
         self.progress = Progress(**found.state["progress"])
         self.saved_step = step
@@ -251,7 +258,7 @@ class Run:
         best = self.progress.best_step
         if self.config.early_stopping and best is not None and best != self.position.step:
             found = checkpoint.load(checkpoint.step_path(self.directory.checkpoints, best))
-            self.setup.learner.restore(found.tensors("model"), found.tensors("optimizer"))
+            self.setup.learner.restore(found.everything())
         self.setup.learner.model.eval()
         failpoint("final.before")
         with explained("writing the final model", self.directory.final):
@@ -308,7 +315,7 @@ def _train(method_name: str, config: RunConfig, console: Console, stop: Graceful
             return 0
         if directory is not None and manifest is not None:
             directory.write_manifest(manifest)
-        if config.cache_reference and setup.method.reference:
+        if config.cache_reference:
             cache_reference(setup, Path(config.output) / "cache", console)
         run = Run(setup, directory, console, stop)
         total = run.plan()

@@ -27,17 +27,16 @@ from preftune.training.config import DataConfig, RunConfig
 from preftune.training.distributed import World
 from preftune.training.learner import Learner
 from preftune.training.progress import meter
-from preftune.training.reference import Reference, attach, cache_key, cached, live_reference
+from preftune.training.reference import MovingReference, Reference, attach, cache_key, cached, live_reference
 
 REASONS = packing_reasons | KEEP_REASONS
 
 
 @dataclass
 class Records:
-    """One side of the data as trees. rows == kept + sum(dropped.values()); a record whose every turn is learned may give several trees."""
+    """One side of the data as trees. rows == len(trees) + sum(dropped.values())."""
 
     rows: int
-    kept: int
     trees: list[Tree]
     dropped: Counter[str]
     where: dict[str, list[str]]
@@ -49,8 +48,7 @@ class Records:
     def sentence(self) -> str:
         """What was kept and dropped, in words."""
         tokens = sum(t.tokens for t in self.trees)
-        parts = f" in {len(self.trees)} parts" if len(self.trees) > self.kept else ""
-        text = f"{self.rows} records read as {self.format}: {self.kept} kept{parts} ({tokens:,} tokens)"
+        text = f"{self.rows} records read as {self.format}: {len(self.trees)} kept ({tokens:,} tokens)"
         for reason, count in self.dropped.items():
             text += f"; {count} dropped, {reason}: {REASONS.get(reason, reason)} ({', '.join(self.where.get(reason, [])[:3])})"
         return text + (f"; {self.truncated} responses cut to max_length" if self.truncated else "")
@@ -145,20 +143,20 @@ def _untokenised(example: Example) -> Tree:
 
 def tokenise(read: Read, tokenizer: ChatTokenizer, method: Method, knobs: Any, max_length: int) -> Records:
     """Trees of the records as the method keeps them; every record is kept or counted under a reason."""
-    tokens = tokenizer.tokenize(read.examples, max_length, keep=lambda tree: method.keep(tree, knobs), every_turn=method.every_turn(knobs))
-    records = Records(
-        rows=read.rows,
-        kept=tokens.kept,
-        trees=tokens.trees,
-        dropped=read.dropped + tokens.dropped,
-        where=read.where | tokens.dropped_where,
-        format=read.format,
-        hashes=read.hashes,
-        examples=read.examples,
-        truncated=tokens.truncated_responses,
-    )
-    if records.rows != records.kept + sum(records.dropped.values()):
-        raise AssertionError(f"{records.rows} rows in, {records.kept} kept and {sum(records.dropped.values())} dropped")
+    tokens = tokenizer.tokenize(read.examples, max_length)
+    records = Records(read.rows, [], Counter(read.dropped), dict(read.where), read.format, read.hashes, read.examples)
+    records.dropped.update(tokens.dropped)
+    records.where.update(tokens.dropped_where)
+    for tree in tokens.trees:
+        kept = method.keep(tree, knobs)
+        if isinstance(kept, str):
+            records.dropped[kept] += 1
+            records.where.setdefault(kept, []).append(tree.where or tree.id)
+        else:
+            records.trees.append(kept)
+    records.truncated = tokens.truncated_responses
+    if records.rows != len(records.trees) + sum(records.dropped.values()):
+        raise AssertionError(f"{records.rows} rows in, {len(records.trees)} kept and {sum(records.dropped.values())} dropped")
     if not records.trees:
         raise UserError(records.sentence(), where="data", fix="Nothing is left to train on: raise max_length or give other data.")
     return records
@@ -263,9 +261,11 @@ def load_model(
 
 
 def make_reference(setup: Setup) -> Reference:
-    """The frozen reference: the adapter switched off, the named model, or a second copy of the starting model."""
+    """The reference: one that moves, the adapter switched off, the named model, or a second copy of the starting model."""
     config, policy = setup.config, setup.learner.model
     assert isinstance(policy, LanguageModel)
+    if config.reference_sync is not None:
+        return MovingReference(policy, setup.learner.parameters, config.reference_sync.every, config.reference_sync.mix)
     if config.reference is None and setup.adapter is not None:
         return live_reference(policy, setup.adapter.off)
     source = load.locate(config.reference or config.model)
