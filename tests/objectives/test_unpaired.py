@@ -34,7 +34,7 @@ def test_half_of_each_where_policy_and_reference_agree() -> None:
 
 
 def test_the_numbers_of_the_worked_example() -> None:
-    """beta .1, z0 .5: h = 2 desirable and h = -1 undesirable lie equally far on their good side; log-ratios that are also the mismatched."""
+    """beta .1, z0 .5: h = 2 desirable and h = -1 undesirable lie equally far on their good side; then z0 = .25."""
     assert loss_of([2.0], [1.0], 0.5) == pytest.approx(0.462570, abs=5e-7)
     assert loss_of([-1.0], [0.0], 0.5) == pytest.approx(0.462570, abs=5e-7)
     assert loss_of([1.5, -1.0], [1.0, 0.0], (1.5 - 1.0) / 2) == pytest.approx(0.468791, abs=5e-7)

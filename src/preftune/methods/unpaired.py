@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -79,26 +80,32 @@ def mismatched(trees: Sequence[Tree]) -> list[Tree]:
     there is none is left out. Responses are cut, so that no prompt and response together are longer than the step's longest.
     """
     ids: dict[bytes, int] = {}
-    prompt = [ids.setdefault(t.prompt.tobytes(), len(ids)) for t in trees]
-    own: list[set[bytes]] = [set() for _ in ids]
+    prompts = np.array([ids.setdefault(t.prompt.tobytes(), len(ids)) for t in trees])
+    own: dict[int, set[bytes]] = defaultdict(set)
+    holders: dict[bytes, set[int]] = defaultdict(set)
     for i, tree in enumerate(trees):
-        own[prompt[i]].update(r.tobytes() for r in tree.responses)
+        for response in tree.responses:
+            own[prompts[i]].add(response.tobytes())
+            holders[response.tobytes()].add(i)
+
+    @lru_cache(64)
+    def others(prompt: int) -> np.ndarray:
+        """[records] those of other prompts that have no response in common with this one."""
+        mask = prompts != prompt
+        mask[list(set().union(*(holders[response] for response in own[prompt])))] = False
+        return mask
+
     longest = max((len(t.prompt) + len(r) for t in trees for r in t.responses), default=0)
-    taken: set[int] = set()
-
-    def cut(i: int, j: int) -> tuple[np.ndarray, ...]:
-        return tuple(r[: longest - len(trees[i].prompt)] for r in trees[j].responses)
-
-    def partners(i: int) -> Iterator[int]:
-        further = ((i + step) % len(trees) for step in range(1, len(trees)))
-        return (j for j in further if prompt[j] != prompt[i] and own[prompt[i]].isdisjoint(r.tobytes() for r in cut(i, j)))
-
+    taken = np.zeros(len(trees), dtype=bool)
     found = []
-    for i, tree in enumerate(trees if len(ids) > 1 else ()):
-        j = next((j for j in partners(i) if j not in taken), next(partners(i), None))
-        if j is not None:
-            taken.add(j)
-            found.append(_unjudged(tree, cut(i, j)))
+    for i, tree in enumerate(trees):
+        further = (np.flatnonzero(np.roll(others(prompts[i]), -i - 1)) + i + 1) % len(trees)
+        for j in further[np.argsort(taken[further], kind="stable")]:
+            cut = tuple(r[: longest - len(tree.prompt)] for r in trees[j].responses)
+            if own[prompts[i]].isdisjoint(r.tobytes() for r in cut):
+                taken[j] = True
+                found.append(_unjudged(tree, cut))
+                break
     return found
 
 
@@ -146,17 +153,11 @@ def balance(trees: Sequence[Tree], knobs: KTOKnobs) -> str | None:
     if 1.0 <= ratio <= 1.5:
         return None
     name = "desirable_weight" if ratio < 1 else "undesirable_weight"
-    value = _rounded_up(getattr(knobs, name) * (1 / ratio if ratio < 1 else ratio / 1.5))
+    value = float(f"{getattr(knobs, name) * (1.2 / ratio if ratio < 1 else ratio / 1.2):.2g}")  # 1.2, to be inside when rounded
     return (
         f"{counts}: weighed by `method.desirable_weight` and `method.undesirable_weight` they stand as {ratio:.3g} to 1, "
         f"outside 1 to 1.5; `method.{name}={value:g}` would balance them."
     )
-
-
-def _rounded_up(value: float) -> float:
-    """To three significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.3g}")
 
 
 ROWS: tuple[Method, ...] = (
