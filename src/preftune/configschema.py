@@ -126,6 +126,8 @@ def type_words(annotation: Any) -> str:
     if origin in (tuple, list):
         inner = {type_words(argument) for argument in arguments if argument is not Ellipsis}
         return f"list of {inner.pop()}" if len(inner) == 1 else "list"
+    if origin is dict:
+        return f"mapping of {type_words(arguments[0])} to {type_words(arguments[1])}"
     if hasattr(annotation, "__metadata__"):
         return type_words(arguments[0])
     return "section" if _section(annotation) else _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -102,8 +103,8 @@ def test_dpo_loss_and_gradient_equal_trl(rows, tmp_path):
     assert_same_gradients(gradients(ours.hf), gradients(trainer.model))
 
 
-@pytest.mark.parametrize("centering", [0.0, 0.01])
-def test_reward_loss_and_gradient_equal_trl(rows, tmp_path, centering):
+@pytest.mark.parametrize(("centering", "margins"), [(0.0, None), (0.01, None), (0.01, [3.0, 1.0, 1 / 3, 0.0, 2.0, 2 / 3])])
+def test_reward_loss_and_gradient_equal_trl(rows, tmp_path, centering, margins):
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(tiny.model(max_position_embeddings=2048).config)
@@ -115,7 +116,7 @@ def test_reward_loss_and_gradient_equal_trl(rows, tmp_path, centering):
     trainer = trl.RewardTrainer(
         model=classifier,
         args=arguments(trl.RewardConfig, tmp_path, center_rewards_coefficient=centering or None),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list([{**r, "margin": m} for r, m in zip(rows, margins, strict=True)] if margins else rows),
         processing_class=tiny.tokenizer(pad="<unk>"),
     )
     batch = next(iter(trainer.get_train_dataloader()))
@@ -129,8 +130,12 @@ def test_reward_loss_and_gradient_equal_trl(rows, tmp_path, centering):
         mask[i, length:] = mask[i + half, length:] = 1
     method = find("reward")
     trees = pair_trees(ids, mask, attention)
+    if margins:
+        assert sorted(batch["margin"].tolist()) == pytest.approx(sorted(margins))
+        trees = [dataclasses.replace(t, margin=m * t.preference) for t, m in zip(trees, batch["margin"].tolist(), strict=True)]
     packed = collate(trees, Totals.of(trees), method.reduction)
-    found, metrics = method.loss(Outputs(rewards=ours(packed)), packed, method.knobs(centering=centering))
+    knobs = method.knobs(centering=centering, margin="given" if margins else "none")
+    found, metrics = method.loss(Outputs(rewards=ours(packed)), packed, knobs)
     found.backward()
     assert found.item() == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(gradients(inner), gradients(trainer.model))

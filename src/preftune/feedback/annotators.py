@@ -140,7 +140,7 @@ def _calibrated(response: Response, annotator: str | None, calibrations: Mapping
 
 def _scores(response: Response) -> dict[str | None, float]:
     if isinstance(response.score, Mapping):
-        return dict(response.score)
+        return {name: float(value) for name, value in response.score.items()}
     return {} if response.score is None else {None: float(response.score)}
 
 

@@ -112,7 +112,7 @@ class ListwiseKnobs(ImitationKnobs):
 
 
 def _with_ratings(tree: Tree, knobs: AttributeKnobs) -> Tree | str:
-    """The responses that have any of the ratings to be learned, with them; ordered by their weighted mean where nothing else orders them."""
+    """The responses that have any of the ratings to be learned, with them; scored by their weighted mean where nothing orders them."""
     unrated = np.full(len(tree.responses), np.nan)
     named = [tree.ratings.get(name, unrated) for name in knobs.attributes]
     rated = np.stack(named or [tree.ratings.get(SCORE, tree.ratings.get("overall", unrated))], 1)
@@ -296,7 +296,7 @@ ROWS = (
         title="Reward model, listwise",
         paper="",
         summary="learn to score responses from whole rankings, by the Plackett-Luce likelihood of the order (ListMLE)",
-        when="With rankings that one person made in one go: the best against all, the second against the rest. On pairs it is Bradley-Terry.",
+        when="With rankings that one person made in one go: the best against all, then the second against the rest. Pairs are Bradley-Terry.",
         needs="two or more responses with a rank, a score or comparisons, not all of them tied",
         model="reward",
         knobs=ListwiseKnobs,

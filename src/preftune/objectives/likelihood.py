@@ -22,7 +22,7 @@ def negative_log_likelihood(logp: Tensor, weight: Tensor) -> tuple[Tensor, Metri
 
 
 def best_response_likelihood(mean_logp: Tensor, best: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
-    """- sum_g w_g mean_t l_t of each prompt's best response: `mean_logp` [G, N], `best` [G, N] weights that sum to 1 a prompt, `weight` [G].
+    """- sum_g w_g mean_t l_t of the best responses: `mean_logp` [G, N], `best` [G, N] weights that sum to 1 a prompt, `weight` [G].
 
     The imitation term beside a ranking loss: long and short best responses count the same.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from preftune import formats
@@ -34,9 +35,10 @@ REASONS = packing_reasons | KEEP_REASONS
 
 @dataclass
 class Records:
-    """One side of the data as trees. rows == len(trees) + sum(dropped.values())."""
+    """One side of the data as trees. rows == kept + sum(dropped.values()); a record whose every turn is learned may give several trees."""
 
     rows: int
+    kept: int
     trees: list[Tree]
     dropped: Counter[str]
     where: dict[str, list[str]]
@@ -48,7 +50,8 @@ class Records:
     def sentence(self) -> str:
         """What was kept and dropped, in words."""
         tokens = sum(t.tokens for t in self.trees)
-        text = f"{self.rows} records read as {self.format}: {len(self.trees)} kept ({tokens:,} tokens)"
+        parts = f" in {len(self.trees)} parts" if len(self.trees) > self.kept else ""
+        text = f"{self.rows} records read as {self.format}: {self.kept} kept{parts} ({tokens:,} tokens)"
         for reason, count in self.dropped.items():
             text += f"; {count} dropped, {reason}: {REASONS.get(reason, reason)} ({', '.join(self.where.get(reason, [])[:3])})"
         return text + (f"; {self.truncated} responses cut to max_length" if self.truncated else "")
@@ -123,16 +126,27 @@ def require_settings(method: Method, config: RunConfig) -> None:
 
 
 def require(method: Method, knobs: Any, examples: Sequence[Example], name: str) -> None:
-    """Say before any model is loaded when no record has what the method needs."""
-    usable = sum(not isinstance(method.keep(_untokenised(e), knobs), str) for e in examples[:1000])
-    if not usable:
-        first = examples[0]
-        reason = method.keep(_untokenised(first), knobs)
-        raise UserError(
-            f"no record has what {method.title[:1].lower() + method.title[1:]} needs, {method.needs}: {REASONS.get(str(reason), reason)}",
-            where=first.where or name,
-            fix="Give other data, or another method (`preftune methods`).",
-        )
+    """Say before any model is loaded when no record has what the method needs, or what its knobs ask for."""
+    method.demands(examples, knobs)
+    if any(not isinstance(method.keep(_untokenised(e), knobs), str) for e in examples):
+        return
+    first = _untokenised(examples[0])
+    reason = method.keep(first, knobs)
+    others = [one.name for one in METHODS.values() if _takes(one, first)]
+    named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    raise UserError(
+        f"no record has what {method.title[:1].lower() + method.title[1:]} needs, {method.needs}: {REASONS.get(str(reason), reason)}",
+        where=first.where or name,
+        fix="Give other data" + (f", or a method that takes these: {named}." if others else " (`preftune methods` says who needs what)."),
+    )
+
+
+def _takes(method: Method, tree: Tree) -> bool:
+    """Whether the method, with its defaults, can train on this record."""
+    try:
+        return not isinstance(method.keep(tree, method.knobs()), str)
+    except (UserError, ValidationError):  # a score that it cannot use, or knobs that must be given
+        return False
 
 
 def _untokenised(example: Example) -> Tree:
@@ -143,20 +157,20 @@ def _untokenised(example: Example) -> Tree:
 
 def tokenise(read: Read, tokenizer: ChatTokenizer, method: Method, knobs: Any, max_length: int) -> Records:
     """Trees of the records as the method keeps them; every record is kept or counted under a reason."""
-    tokens = tokenizer.tokenize(read.examples, max_length)
-    records = Records(read.rows, [], Counter(read.dropped), dict(read.where), read.format, read.hashes, read.examples)
-    records.dropped.update(tokens.dropped)
-    records.where.update(tokens.dropped_where)
-    for tree in tokens.trees:
-        kept = method.keep(tree, knobs)
-        if isinstance(kept, str):
-            records.dropped[kept] += 1
-            records.where.setdefault(kept, []).append(tree.where or tree.id)
-        else:
-            records.trees.append(kept)
-    records.truncated = tokens.truncated_responses
-    if records.rows != len(records.trees) + sum(records.dropped.values()):
-        raise AssertionError(f"{records.rows} rows in, {len(records.trees)} kept and {sum(records.dropped.values())} dropped")
+    tokens = tokenizer.tokenize(read.examples, max_length, keep=lambda tree: method.keep(tree, knobs), every_turn=method.every_turn(knobs))
+    records = Records(
+        rows=read.rows,
+        kept=tokens.kept,
+        trees=tokens.trees,
+        dropped=read.dropped + tokens.dropped,
+        where=read.where | tokens.dropped_where,
+        format=read.format,
+        hashes=read.hashes,
+        examples=read.examples,
+        truncated=tokens.truncated_responses,
+    )
+    if records.rows != records.kept + sum(records.dropped.values()):
+        raise AssertionError(f"{records.rows} rows in, {records.kept} kept and {sum(records.dropped.values())} dropped")
     if not records.trees:
         raise UserError(records.sentence(), where="data", fix="Nothing is left to train on: raise max_length or give other data.")
     return records
@@ -185,12 +199,12 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
     method = METHODS[method_name]
     require_settings(method, config)
     train_read, held_read = read_sides(config)
+    require(method, config.method, train_read.examples, ", ".join(config.data.path))
     if method.fit is not None:
         change = method.fit(train_read.examples, config.method)
         train_read = dataclasses.replace(train_read, examples=[change(e) for e in train_read.examples])
         held_read = held_read and dataclasses.replace(held_read, examples=[change(e) for e in held_read.examples])
-    require(method, config.method, train_read.examples, ", ".join(config.data.path))
-    if config.lora is not None and config.lora.dropout and method.reference:
+    if config.lora is not None and config.lora.dropout and method.compares(config.method):
         raise UserError(
             "dropout would make policy and reference differ before training", where="lora.dropout", fix="Set lora.dropout to 0."
         )
@@ -217,7 +231,7 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
     model_hash = load.fingerprint(source)
     learner = Learner(method, config.method, model, world, config.tokens_per_microbatch, clip_norm=config.clip_norm)
     setup = Setup(method, config, world, source, tokenizer, train, held, learner, adapter, compute, model_hash, notices)
-    if method.reference:
+    if method.compares(config.method):
         learner.reference = make_reference(setup)
     return setup
 
