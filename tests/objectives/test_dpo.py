@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -98,6 +98,7 @@ def test_dpo_by_hand() -> None:
     assert {name: mean(metrics, name) for name in metrics} == pytest.approx(wanted)
 
 
+@settings(deadline=None)
 @given(VALUE, VALUE, VALUE, VALUE, st.floats(0.01, 2))
 def test_dpo_swapped(a: float, b: float, ra: float, rb: float, beta: float) -> None:
     """L(-D) = L(D) + beta D."""
@@ -110,6 +111,7 @@ LOSSES = {"sigmoid": sigmoid, "ipo": squared(0.4), "cdpo": smoothed(0.2), "robus
 
 
 @pytest.mark.parametrize("pair_loss", LOSSES.values(), ids=LOSSES)
+@settings(deadline=None)
 @given(st.lists(st.tuples(VALUE, VALUE), min_size=2, max_size=4), st.floats(0.05, 2))
 def test_gradients_by_finite_differences(pair_loss, values: list[tuple[float, float]], beta: float) -> None:
     logp, reference = t([a for a, _ in values]).requires_grad_(), t([b for _, b in values])
@@ -117,6 +119,7 @@ def test_gradients_by_finite_differences(pair_loss, values: list[tuple[float, fl
 
 
 @pytest.mark.parametrize("pair_loss", [*LOSSES.values(), hinge], ids=[*LOSSES, "hinge"])
+@settings(deadline=None)
 @given(st.lists(VALUE, min_size=3, max_size=4), st.data())
 def test_a_prompts_pairs_share_its_weight_and_soft_pairs_count_both_ways(pair_loss, values: list[float], data) -> None:
     """Against the pairs written out: strict, soft or tied, over two prompts of which one may have none at all."""
@@ -194,6 +197,7 @@ def test_the_rso_losses_are_those_of_dpo_with_a_slope_of_their_own() -> None:
         assert row(ours, *THREE_AND_TWO)[0] == row(theirs, *THREE_AND_TWO, beta=0.05)[0]
 
 
+@settings(deadline=None)
 @given(EPSILON)
 def test_cdpo_is_least_at_the_odds_of_its_labels(epsilon: float) -> None:
     """At beta D = ln((1 - e) / e) the gradient is 0 and the loss the entropy of a label; e = .1: 2.197225 and .325083."""
@@ -206,6 +210,7 @@ def test_cdpo_is_least_at_the_odds_of_its_labels(epsilon: float) -> None:
     assert smoothed(0.1)(t(2.197225)).item() == pytest.approx(0.325083, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(GAP, EPSILON)
 def test_robust_dpo_is_unbiased_under_flips(gap: float, epsilon: float) -> None:
     """(1 - e) R(D) + e R(-D) = L(D), for the loss and so for its gradient."""
@@ -263,6 +268,7 @@ def test_without_its_reference_a_row_needs_none_and_a_config_that_names_one_is_r
 # ---------------------------------------------------------------- other divergences
 
 
+@settings(deadline=None)
 @given(st.floats(-8, 8), st.floats(0.05, 0.95))
 def test_divergences_against_the_derivatives_of_their_f(u: float, alpha: float) -> None:
     """f'(x) at x = exp(u), up to the constant that a gap takes away: reverse log x, forward -1/x, JS log(2x / (1 + x)), alpha -x^-a / a."""
@@ -273,6 +279,7 @@ def test_divergences_against_the_derivatives_of_their_f(u: float, alpha: float) 
     assert divergence(t(u), "alpha", alpha).item() == pytest.approx((1 - x**-alpha) / alpha, rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(VALUE)
 def test_alpha_lies_between_reverse_and_forward(u: float) -> None:
     assert divergence(t(u), "alpha", 1e-9).item() == pytest.approx(u, abs=1e-6)
@@ -306,6 +313,7 @@ def test_orpo_by_hand() -> None:
     assert row("orpo", [[-0.7], [-0.7, -0.7]])[0].item() == pytest.approx(0.7 + 0.1 * LN_2, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.floats(-700, -1e-6))
 def test_log_odds_against_their_definition(value: float) -> None:
     """log(P / (1 - P)) with 1 - P = -expm1(value), and its gradient 1 / (1 - P)."""
