@@ -26,6 +26,7 @@ FLOORS = [
     {"packing"},
     {"objectives"},
     {"models"},
+    {"rollout"},
     {"methods"},
     {"training"},
     {"evaluation"},

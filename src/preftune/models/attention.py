@@ -8,7 +8,7 @@ goes response by response through SDPA; on CUDA the whole row is one FlexAttenti
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,14 @@ class TreePlan:
         self.layout = layout
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._blocks: dict[Any, Any] = {}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """[H, T, d] queries over [Hkv, T, d] keys of the row, to [H, T, d]; called once a layer."""
+        if q.is_cuda and sinks is None:
+            return _flex_attention(q, k, v, self, window, scaling, softcap)
+        return _cpu_attention(q, k, v, self, window, scaling, softcap, sinks)
 
     def dense_mask(self, tree: int, window: int | None, like: Tensor) -> Tensor:
         """[L, L] additive mask of one whole tree."""
@@ -170,6 +178,14 @@ def _flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int
     return _compiled_flex(q[None], k[None], v[None], modify, block, scaling, q.shape[0] != k.shape[0])[0]
 
 
+class Plan(Protocol):
+    """What a packed row's attention is to do; one call of the model is one plan."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor: ...
+
+
 def tree_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -181,7 +197,7 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    tree: TreePlan | None = None,
+    tree: Plan | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row: [1, H, T, d] queries over [1, Hkv, T, d] keys, to [1, T, H, d]. Called by transformers."""
@@ -191,11 +207,7 @@ def tree_attention(
     if unknown:
         raise ValueError(f"tree attention cannot honour {', '.join(unknown)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = query[0], key[0], value[0]
-    if q.is_cuda and s_aux is None:
-        out = _flex_attention(q, k, v, tree, sliding_window, scaling, softcap)
-    else:
-        out = _cpu_attention(q, k, v, tree, sliding_window, scaling, softcap, s_aux)
+    out = tree.attend(query[0], key[0], value[0], window=sliding_window, scaling=scaling, softcap=softcap, sinks=s_aux)
     return out.transpose(0, 1).unsqueeze(0), None
 
 

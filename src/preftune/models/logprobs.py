@@ -92,6 +92,11 @@ def _logits(
     return capped.mul_(softcap * scale), slope
 
 
+def logits(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype) -> Tensor:
+    """[rows, V] logits in fp32 or better of few [rows, D] hidden states; options as `chunked_logprobs` has them, `weight` in `compute`."""
+    return _logits(hidden, weight, bias, scale, softcap, compute)[0]
+
+
 def chunked_logprobs(
     hidden: Tensor,
     weight: Tensor,

@@ -1,0 +1,1 @@
+"""Responses sampled from a model, many at once."""
