@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from preftune.methods import METHODS
+from preftune.models.attention import NAME
+from preftune.models.policy import LanguageModel
 from preftune.training.distributed import World
 from preftune.training.learner import Learner, Schedule, make_optimizer
 from preftune.training.manifest import read_manifest
+from preftune.training.reference import live_reference
 from tests import tiny
 from tests.training import processes, runs
 from tests.training.runs import LORA, command
@@ -28,6 +31,7 @@ CASES = {
     "reward": ("reward", *LORA),
     "sft": ("sft", "gradient_checkpointing=true"),
     "dpo, moving reference": ("dpo", "reference_sync.every=2", "reference_sync.mix=0.5"),
+    "kto": ("kto", "eval_every=3"),
 }
 
 
@@ -146,6 +150,31 @@ def two_worlds() -> None:
 
 def test_a_process_without_micro_batch_counts_as_zeros_and_a_bad_loss_anywhere_stops_all() -> None:
     assert run_two(two_worlds) == [0, 0]
+
+
+def surveyed() -> None:
+    """Every process finds what one alone finds, also where there is too little for all of them to look at."""
+    world, alone = World.join("cpu"), World(torch.device("cpu"))
+    trees = [METHODS["kto"].keep(tiny.tree(3 + i, (4, 2 + i), seed=i), METHODS["kto"].knobs()) for i in range(5)]
+    for step in (trees, trees[:2], trees[:1]):
+        found = [survey_of(one, budget).survey(step) for one, budget in ((world, 16), (world, 4096), (alone, 4096))]
+        everyone: list[Any] = [None, None]
+        torch.distributed.all_gather_object(everyone, found)
+        assert everyone[0][:2] == everyone[1][:2] and everyone[0] == pytest.approx([everyone[0][2]] * 3, rel=1e-5)
+        assert abs(found[0]) > 0.1 if len(step) > 1 else found[0] == 0
+    world.leave()
+
+
+def survey_of(world: World, budget: int) -> Learner:
+    method, models = METHODS["kto"], [tiny.model(seed=seed) for seed in (0, 5)]
+    for one in models:
+        one.set_attn_implementation(NAME)
+    reference = live_reference(LanguageModel(models[1]).eval().requires_grad_(False))
+    return Learner(method, method.knobs(), LanguageModel(models[0]), world, budget, reference)
+
+
+def test_a_survey_of_two_processes_is_that_of_one() -> None:
+    assert run_two(surveyed) == [0, 0]
 
 
 def test_alone_nothing_is_shared() -> None:

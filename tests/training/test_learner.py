@@ -99,7 +99,7 @@ def test_regression_01_any_cut_into_micro_batches_gives_the_same_gradient(method
     assert_same_step(one_step(cut, trees), whole)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo"])  # one of each kind; for the others their objective's own tests stand
 def test_regression_01_the_gradient_is_that_of_the_loss_written_out(method: str) -> None:
     """The whole step's loss from separate plain forwards of transformers, response by response, differentiated by torch."""
     trees = trees_of(method)

@@ -35,6 +35,7 @@ CASES = {
     "dpo, cached reference, early stopping": ("dpo", "cache_reference=true", *STOPPING, "eval_every=1", "lr=0.1"),
     "dpo, moving reference, early stopping": ("dpo", "reference_sync.every=1", "reference_sync.mix=0.3", *STOPPING, "eval_every=2"),
     "dpo, LoRA, moving reference": ("dpo", *LORA, "reference_sync.every=3", "reference_sync.mix=1.0"),
+    "kto, LoRA": ("kto", *LORA),
 }
 
 
