@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from preftune.errors import UserError
 from preftune.models import adapters
 from preftune.models.attention import NAME as TREE
+from preftune.models.scoring import scoring_of
 from preftune.packing.chat import ChatTokenizer
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,12 @@ def locate(model: str) -> Source:
         if adapters.is_adapter(path):
             adapters.require_weights(path)
             return Source(model, str(path), base=_base_of(path))
-        files = list(path.glob("*.gguf"))
-        if not (path / "config.json").is_file() and len(files) != 1:
-            raise UserError("the directory holds no config.json, so it is no Hugging Face model", where=str(path))
-        return Source(model, str(path), files[0].name if len(files) == 1 and not (path / "config.json").is_file() else None)
+        ggufs = list(path.glob("*.gguf"))
+        if (path / "config.json").is_file():
+            return Source(model, str(path))
+        if len(ggufs) == 1:
+            return Source(model, str(path), ggufs[0].name)
+        raise UserError("the directory holds no config.json, so it is no Hugging Face model", where=str(path))
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir()
     if looks_like_path:
         raise UserError("no such model", where=model, fix="Give a directory, a .gguf file, a Hub id such as owner/name, or `smollm2`.")
@@ -201,10 +204,10 @@ def _whole(kind: Any, source: Source, *, new: tuple[str, ...] = (), **options: A
 
 
 def load_classifier(source: Source, dtype: torch.dtype = torch.float32) -> Any | None:
-    """A one-label sequence classifier (a reward model of this or another tool) where the directory holds one, else None.
+    """A sequence classifier of one label, or of several heads of ours (a reward model of this or another tool), where there is one, else None.
 
     The adapter of a classifier is folded into its base, which may be a plain language model: the head is then the adapter's.
-    Raises UserError for a head that transformers would not find, and for more than one label.
+    Raises UserError for a head that transformers would not find, and for several labels of which nothing says how they make a score.
     """
     if source.gguf:
         return None
@@ -250,8 +253,7 @@ def _classifier(source: Source, dtype: torch.dtype, *, new_head: str = "") -> An
         raise
     except Exception as error:
         raise _explain(error, source) from error
-    if config.num_labels != 1:
-        raise UserError(f"this classifier has {config.num_labels} labels, a reward model has one", where=source.name)
+    scoring_of(config, config.num_labels, source.name)
     model.preftune_dropouts = dropouts
     return model.eval()
 
@@ -288,8 +290,10 @@ def _stray_head(source: Source) -> str | None:
 
 
 def score_head(classifier: Any) -> tuple[str, nn.Linear]:
-    """Name and module of a one-label classifier's head."""
-    return next((name, m) for name, m in classifier.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1)
+    """Name and module of a classifier's head: the linear layer outside the backbone with an output for each label."""
+    inside, labels = f"{classifier.base_model_prefix}.", classifier.config.num_labels
+    linear = ((name, m) for name, m in classifier.named_modules() if isinstance(m, nn.Linear) and not name.startswith(inside))
+    return next((name, m) for name, m in linear if m.out_features == labels)
 
 
 def eos_ids(model: Any) -> tuple[int, ...]:
