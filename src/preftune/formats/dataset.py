@@ -64,9 +64,38 @@ def read(
     Raises UserError: always for a source that cannot be read; for bad rows when `on_error` is "stop", naming the first of them.
     With "skip" they are listed in `Dataset.dropped`, and it is an error only when no row is left.
     """
+    return _read(source, format=format, on_error=on_error, limit=limit, prompts=False)
+
+
+def read_prompts(
+    source: str | Path | Sequence[str | Path],
+    *,
+    format: str = "auto",
+    on_error: Literal["stop", "skip"] = "stop",
+    limit: int | None = None,
+) -> Dataset:
+    """Read prompts to be answered: rows without a response, or those of any other format, whose responses are left out.
+
+    A record's `reference_answer` stays; where there is none, the response of a row that has just one, not called undesirable, takes its
+    place. The same prompt is there once. Sources, errors and `limit` as in `read`.
+    """
+    found = _read(source, format=format, on_error=on_error, limit=limit, prompts=True)
+    unique: dict[str, Example] = {}
+    for example in found.examples:
+        answer = example.reference_answer
+        if answer is None and len(example.responses) == 1 and example.responses[0].label is not False:
+            answer = example.responses[0].text
+        bare = replace(example, responses=(), comparisons=(), annotator=None, reference_answer=answer)
+        unique.setdefault(digest(canonical(example.prompt)), replace(bare, id=record_id(bare)))
+    return replace(found, examples=tuple(unique.values()), rows=len(unique) + len(found.dropped))
+
+
+def _read(
+    source: str | Path | Sequence[str | Path], *, format: str, on_error: Literal["stop", "skip"], limit: int | None, prompts: bool
+) -> Dataset:
     if on_error not in ("stop", "skip"):
         raise UserError(f"on_error is {on_error!r}", fix="Use stop or skip")
-    chosen = None if format == "auto" else named(format)
+    chosen = None if format == "auto" else named(format, prompts=prompts)
     examples: list[Example] = []
     dropped: list[Dropped] = []
     formats: list[str] = []
@@ -75,12 +104,12 @@ def read(
         left = None if limit is None else limit - len(examples) - len(dropped)
         if left == 0:
             break
-        form, rows = _recognised(one, chosen, left)
+        form, rows = _recognised(one, chosen, left, prompts)
         if form is None:
             continue
         formats.append(form.name)
         for at, row in rows:
-            outcome = parse(row, form, at)
+            outcome = parse(row, form, at, responses=not prompts)
             (examples if isinstance(outcome, Example) else dropped).append(outcome)  # type: ignore[arg-type]
     name = ", ".join(dict.fromkeys(formats))
     place = ", ".join(one.name for one in found[:3])
@@ -92,12 +121,12 @@ def read(
     return result
 
 
-def parse(row: Any, form: Format, where: str) -> Example | Dropped:
-    """One row as a record with its id and place, or the reason why it cannot be one."""
+def parse(row: Any, form: Format, where: str, *, responses: bool = True) -> Example | Dropped:
+    """One row as a record with its id and place, or the reason why it cannot be one; without `responses` its prompt is enough."""
     try:
         if isinstance(row, RowError):
             raise row
-        example = checked(form.parse(row))
+        example = checked(form.parse(row), responses=responses)
     except RowError as error:
         return Dropped(where, error.reason, error.detail)
     return replace(example, id=example.id or record_id(example), where=where)
@@ -119,7 +148,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _recognised(source: Source, chosen: Format | None, limit: int | None) -> tuple[Format | None, Iterator[Found]]:
+def _recognised(source: Source, chosen: Format | None, limit: int | None, prompts: bool) -> tuple[Format | None, Iterator[Found]]:
     rows = islice(source.rows(), limit)
     first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if not first:
@@ -128,7 +157,7 @@ def _recognised(source: Source, chosen: Format | None, limit: int | None) -> tup
     if not sound and chosen is None:
         fault = first[0].row
         raise UserError(f"none of the first rows can be read: {fault}", where=first[0].where, fix=_fix(fault.reason))
-    form = chosen or recognise(sound, source.name)
+    form = chosen or recognise(sound, source.name, prompts=prompts)
     return form, chain(first, rows)
 
 

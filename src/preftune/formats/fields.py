@@ -76,12 +76,14 @@ def pair(row: Row, prompt: Prompt, chosen: str, rejected: str, used: Sequence[st
     return example(row, prompt, responses, names, comparisons=comparisons, meta=meta or {})
 
 
-def checked(found: Example) -> Example:
-    """The rules that hold for every record, whatever its format. Raises RowError."""
+def checked(found: Example, *, responses: bool = True) -> Example:
+    """The rules that hold for every record, whatever its format; of its prompt alone without `responses`. Raises RowError."""
     prompt = found.prompt
     blank = not prompt.strip() if isinstance(prompt, str) else not any(turn.content.strip() for turn in prompt)
     if blank:
         raise RowError("empty_prompt")
+    if not responses:
+        return found
     if not found.responses:
         raise RowError("no_response")
     for index, response in enumerate(found.responses):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preftune.formats.fields import Row, example, label, need
 from preftune.formats.preference import ALPACA_PROMPT, alpaca_prompt, as_turns, interleaved, with_system
 from preftune.formats.reasons import RowError
-from preftune.formats.turns import Prompt, conversation, prompt_of, response_of, text_of, turn_extras
+from preftune.formats.turns import Prompt, conversation, messages, prompt_of, response_of, text_of, turn_extras
 from preftune.records import Example, Message, Response
 
 
@@ -72,3 +72,39 @@ def question_answer(row: Row) -> Example:
     _, marker, final = answer.rpartition("####")
     reference = final.strip() if marker else None
     return _single(row, (Message("user", question),), answer, ("question", "answer"), reference_answer=reference or None)
+
+
+def prompt_alone(row: Row) -> Example:
+    """`prompt`, with an optional `reference_answer`."""
+    (prompt,) = need(row, "prompt")
+    return _alone(row, prompt_of(prompt), ("prompt",))
+
+
+def messages_alone(row: Row) -> Example:
+    """`messages` that end with a turn of the user."""
+    (turns,) = need(row, "messages")
+    return _alone(row, with_system(row, messages(turns)), ("messages", "system"))
+
+
+def instruction_alone(row: Row) -> Example:
+    """Alpaca `instruction` and `input` without an output."""
+    return _alone(row, alpaca_prompt(row), ALPACA_PROMPT)
+
+
+def question_alone(row: Row) -> Example:
+    """`question` without an answer, as one turn of the user."""
+    (question,) = need(row, "question")
+    return _alone(row, (Message("user", text_of(question, field="question")),), ("question",))
+
+
+def ends_with_user(row: Row) -> bool:
+    """Whether the last of `messages` is not the assistant's."""
+    turns = row.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return isinstance(last, Mapping) and last.get("role", last.get("from")) not in ("assistant", "gpt")
+
+
+def _alone(row: Row, prompt: Prompt, used: Sequence[str]) -> Example:
+    answer = row.get("reference_answer")
+    known = None if answer is None else str(answer)
+    return example(row, prompt, (), (*used, "reference_answer"), reference_answer=known)

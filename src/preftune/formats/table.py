@@ -86,22 +86,42 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+_RESPONSES = ("response", "responses", "completion", "completions", "output", "answer", *_PAIR)
 
-def named(name: str) -> Format:
+PROMPT_FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format("prompts", "prompts alone", ("prompt",), single.prompt_alone, unlike=_RESPONSES),
+        Format("prompts-messages", "messages that end with the user", ("messages",), single.messages_alone, shape=single.ends_with_user),
+        Format("prompts-alpaca", "instructions alone", ("instruction",), single.instruction_alone, unlike=_RESPONSES),
+        Format("prompts-question", "questions alone", ("question",), single.question_alone, unlike=_RESPONSES),
+    )
+}
+"""Formats without a response, where prompts are all that is asked for; they go before the others, whose prompts serve as well."""
+
+
+def formats(*, prompts: bool) -> dict[str, Format]:
+    """The table in the order in which rows are recognised."""
+    return {**PROMPT_FORMATS, **FORMATS} if prompts else FORMATS
+
+
+def named(name: str, *, prompts: bool = False) -> Format:
     """The format of this name, or a UserError with the nearest names."""
-    if name in FORMATS:
-        return FORMATS[name]
-    near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.4)
+    known = formats(prompts=prompts)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     guess = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise UserError(f"unknown format {name!r}", fix=f"{guess}Known: auto, {', '.join(FORMATS)}")
+    raise UserError(f"unknown format {name!r}", fix=f"{guess}Known: auto, {', '.join(known)}")
 
 
-def recognise(rows: Sequence[Any], where: str) -> Format:
+def recognise(rows: Sequence[Any], where: str, *, prompts: bool = False) -> Format:
     """The format that more than half of these rows have. Raises UserError when there is none, with the fields found."""
-    votes = Counter(next((name for name, one in FORMATS.items() if one.recognise(row)), "") for row in rows)
+    known = formats(prompts=prompts)
+    votes = Counter(next((name for name, one in known.items() if one.recognise(row)), "") for row in rows)
     name, count = votes.most_common(1)[0]
     if name and 2 * count > len(rows):
-        return FORMATS[name]
+        return known[name]
     found = {name: count for name, count in votes.items() if name}
     if found:
         seen = ", ".join(f"{name} ({count})" for name, count in found.items())
