@@ -16,6 +16,7 @@ from preftune.configschema import closest
 from preftune.errors import UserError
 from preftune.feedback.annotators import additive, calibrator, ratings_of, shared_items, zscore
 from preftune.methods.base import Knobs, Method, Outputs, PairKnobs, keep_preferred, keep_ranked
+from preftune.models.scoring import Normalise, Scoring
 from preftune.objectives.likelihood import best_response_likelihood
 from preftune.objectives.listwise import reward_listwise
 from preftune.objectives.metrics import Metrics
@@ -34,6 +35,11 @@ class ImitationKnobs(Knobs):
     imitation: float = Field(
         0.0, ge=0.0, description="weight of the best response's negative log-likelihood beside the reward's loss; 0 has no language head"
     )
+    normalise: Normalise = Field(
+        "none",
+        description="after training, put scores on a scale where those of the best responses, or of all, have mean 0 and deviation 1: "
+        "over the held-out records where there are any, else over the training records",
+    )
 
 
 class AttributeKnobs(ImitationKnobs):
@@ -45,14 +51,21 @@ class AttributeKnobs(ImitationKnobs):
     weights: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
         {}, description="weight of an attribute's loss by its name; 1 where none is given"
     )
+    score_weights: dict[str, float] = Field(
+        {},
+        description="weight of an attribute in a response's one score by its name; 1 where none is given, below 0 where less is better",
+    )
 
     @model_validator(mode="after")
     def _attributes_once(self) -> AttributeKnobs:
         if len(set(self.attributes)) < len(self.attributes):
             raise problem("`attributes` names one twice", "method.attributes")
-        unknown = [name for name in self.weights if name not in self.attributes]
-        if unknown:
-            raise problem(f"`weights` has `{unknown[0]}`, which `attributes` does not name", "method.weights")
+        for key, weights in (("weights", self.weights), ("score_weights", self.score_weights)):
+            unknown = [name for name in weights if name not in self.attributes]
+            if unknown:
+                raise problem(f"`{key}` has `{unknown[0]}`, which `attributes` does not name", f"method.{key}")
+        if self.attributes and not any(self.score_weights.get(name, 1.0) for name in self.attributes):
+            raise problem("`score_weights` are all 0, so every response would score 0", "method.score_weights")
         return self
 
 
@@ -67,6 +80,15 @@ class RewardKnobs(PairKnobs, AttributeKnobs):
         "none", description="by how much the better reward must lead: not at all, or by the strength that people gave the comparison"
     )
     margin_scale: float | None = Field(None, gt=0.0, description="what a strength is multiplied by to give the margin; null is 1")
+    safety: str | None = Field(
+        None,
+        min_length=1,
+        description="of two attributes the one that is the score where it finds a response unsafe, the other one is it elsewhere "
+        "(Llama 2's rule, 2307.09288); null adds attributes up",
+    )
+    safety_threshold: float | None = Field(
+        None, gt=0.0, lt=1.0, description="for `safety`: a response is unsafe where the sigmoid of its reward is below this; null is 0.15"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardKnobs:
@@ -78,6 +100,12 @@ class RewardKnobs(PairKnobs, AttributeKnobs):
             )
         if self.attributes and self.pairs != "all":
             raise problem("`pairs` and `attributes` exclude each other: each attribute has an order of its own", "method.pairs")
+        if self.safety_threshold is not None and self.safety is None:
+            raise problem("`safety_threshold` has no effect without `safety`", "method.safety_threshold")
+        if self.safety is not None and (self.safety not in self.attributes or len(self.attributes) != 2):
+            raise problem("`safety` must name one of two `attributes`", "method.safety")
+        if self.safety is not None and self.score_weights:
+            raise problem("`score_weights` has no effect beside `safety`: one attribute at a time is the score", "method.score_weights")
         return self
 
 
@@ -122,9 +150,9 @@ def _with_ratings(tree: Tree, knobs: AttributeKnobs) -> Tree | str:
         return "no_score"
     scores = tree.scores
     if np.isnan(scores).all():
-        weight = known * np.array(_weights(knobs))
-        total = (np.nan_to_num(rated) * weight).sum(1)
-        scores = np.divide(total, weight.sum(1), out=unrated.copy(), where=known.any(1))
+        weight = known * np.array(_scoring(knobs).weights or _weights(knobs))
+        total, size = (np.nan_to_num(rated) * weight).sum(1), np.abs(weight).sum(1)
+        scores = np.divide(total, size, out=unrated.copy(), where=size > 0)
     return replace(tree, rated=rated, scores=scores).keep(some.tolist())
 
 
@@ -194,6 +222,13 @@ def _weights(knobs: AttributeKnobs) -> list[float]:
 
 def _heads(knobs: AttributeKnobs) -> int:
     return max(len(knobs.attributes), 1)
+
+
+def _scoring(knobs: AttributeKnobs) -> Scoring:
+    """How the heads become one score."""
+    safety, threshold = getattr(knobs, "safety", None), getattr(knobs, "safety_threshold", None)
+    weights = tuple(knobs.score_weights.get(name, 1.0) for name in knobs.attributes) if knobs.score_weights else ()
+    return Scoring(knobs.attributes, weights, safety, 0.15 if threshold is None else threshold)
 
 
 def _over_heads(out: Outputs, knobs: AttributeKnobs, loss_of: Callable[[Tensor, int], tuple[Tensor, Metrics]]) -> tuple[Tensor, Metrics]:
@@ -270,6 +305,7 @@ ROWS = (
         defaults={"lr": 1e-5},
         better=("accuracy", "max"),
         heads=_heads,
+        scoring=_scoring,
         language_head=_imitates,
         demands=_demand_pairs,
     ),
@@ -287,6 +323,7 @@ ROWS = (
         reduction=by_response,
         defaults={"lr": 1e-5},
         heads=_heads,
+        scoring=_scoring,
         language_head=_imitates,
         demands=_demand_ratings,
         fit=_calibrate,
@@ -296,7 +333,7 @@ ROWS = (
         title="Reward model, listwise",
         paper="",
         summary="learn to score responses from whole rankings, by the Plackett-Luce likelihood of the order (ListMLE)",
-        when="With rankings that one person made in one go: the best against all, then the second against the rest. Pairs are Bradley-Terry.",
+        when="With rankings that one person made in one go: the best against all, the second against the rest. Pairs are Bradley-Terry.",
         needs="two or more responses with a rank, a score or comparisons, not all of them tied",
         model="reward",
         knobs=ListwiseKnobs,
