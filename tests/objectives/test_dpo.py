@@ -458,7 +458,7 @@ FAMILY = {*COMPARED, "slic", "cpo", "simpo", "orpo"}
         ("robust", r"Did you mean dpo_robust \("),
         ("hinge-noref", r"Did you mean slic \("),
         ("SimPO", r"Did you mean simpo \("),
-        ("sigmoid_norm", r"Did you mean dpo_len \(.* which TRL calls sigmoid_norm\) or rso_sigmoid_norm \(.* RSO, .*\)\?"),
+        ("sigmoid_norm", r"Did you mean dpo_len \(.*sigmoid_norm\) or rso_sigmoid_norm \(.*RSO.*\)\?"),
     ],
 )
 def test_names_that_others_use_lead_to_ours(asked: str, told: str) -> None:

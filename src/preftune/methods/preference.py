@@ -248,7 +248,7 @@ ROWS = (
     _compared(
         _one,
         name="dpo_hinge",
-        title="DPO with a hinge loss",
+        title="Direct preference optimisation with a hinge loss",
         paper="2309.06657",
         summary="as DPO, but a pair whose gap is large enough teaches nothing more",
         when="When DPO drives gaps ever wider on pairs that it has long learned. Its gradient does not fade as a pair is nearly right.",
@@ -302,7 +302,7 @@ ROWS = (
     _compared(
         _ln_2,
         name="dpo_len",
-        title="Length-normalised DPO, which TRL calls sigmoid_norm",
+        title="Length-normalised DPO, TRL's sigmoid_norm",
         paper="2411.15124",
         summary="as DPO on mean log-ratios of a token instead of sums",
         when="When DPO makes responses longer. A response's own end then weighs little, so watch that responses still end.",
@@ -314,7 +314,7 @@ ROWS = (
     _compared(
         _ln_2,
         name="rso_sigmoid_norm",
-        title="The sigmoid loss of RSO, which calls likelihoods normalised by the reference sigmoid-norm",
+        title="Sigmoid loss normalised by the reference, RSO's sigmoid-norm",
         paper="2309.06657",
         summary="DPO's loss under RSO's name, with a slope apart from the temperature that its samples were drawn with",
         when="On pairs that rejection sampling made of the policy's own samples. With other pairs it is DPO with a smaller beta.",
@@ -325,7 +325,7 @@ ROWS = (
     _compared(
         _one,
         name="rso_hinge_norm",
-        title="The hinge loss of RSO, which calls likelihoods normalised by the reference hinge-norm",
+        title="Hinge loss normalised by the reference, RSO's hinge-norm",
         paper="2309.06657",
         summary="the hinge loss relative to the reference under RSO's name, with a slope apart from the temperature of its samples",
         when="As `rso_sigmoid_norm`, where pairs that are right by a margin should teach nothing more.",
