@@ -19,13 +19,12 @@ Values = list[np.ndarray]
 def response_values(
     model: LanguageModel | RewardModel, trees: Sequence[Tree], budget: int = 4096, on_done: Callable[[int], None] = lambda done: None
 ) -> Values:
-    """Rewards of the responses under a reward model, or their summed log-probabilities under a language model: an [N] array a tree."""
+    """Scores of the responses under a reward model, or their summed log-probabilities under a language model: an [N] array a tree."""
     model.eval()
     found: dict[int, np.ndarray] = {}
     for part in microbatches(trees, budget):
         batch = collate([trees[i] for i in part]).to(model.backbone.device)
-        out = model(batch)
-        grid = (out if isinstance(model, RewardModel) else batch.per_response(out)).float().cpu().numpy()
+        grid = (model.score(batch) if isinstance(model, RewardModel) else batch.per_response(model(batch))).float().cpu().numpy()
         for row, index in enumerate(part):
             found[index] = grid[row, : len(trees[index].responses)].astype(np.float64)
         on_done(len(found))

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from preftune.configfile import Section
+from preftune.models.scoring import Scoring
 from preftune.objectives.metrics import Metrics, Ratio
 from preftune.packing.batch import Batch, Reduction
 from preftune.packing.chat import Tree
@@ -154,6 +155,8 @@ class Method:
     """The loss of a step on these trees while policy and reference are still the same, where theory fixes it."""
     heads: Callable[[Any], int] = lambda knobs: 1
     """Scores that a reward model gives each response."""
+    scoring: Callable[[Any], Scoring] = lambda knobs: Scoring()
+    """How a reward model's heads become the one score of a response."""
     language_head: Callable[[Any], bool] = never
     """Whether a reward model must give token log-probabilities too."""
     survey: Survey | None = None

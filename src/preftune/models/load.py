@@ -204,7 +204,7 @@ def _whole(kind: Any, source: Source, *, new: tuple[str, ...] = (), **options: A
 
 
 def load_classifier(source: Source, dtype: torch.dtype = torch.float32) -> Any | None:
-    """A sequence classifier of one label, or of several heads of ours (a reward model of this or another tool), where there is one, else None.
+    """A sequence classifier of one label, or of several heads of ours: a reward model of this or another tool. None where there is none.
 
     The adapter of a classifier is folded into its base, which may be a plain language model: the head is then the adapter's.
     Raises UserError for a head that transformers would not find, and for several labels of which nothing says how they make a score.

@@ -20,6 +20,7 @@ from preftune.errors import UserError
 from preftune.models.attention import NAME as TREE
 from preftune.models.attention import TreePlan
 from preftune.models.logprobs import chunked_logprobs
+from preftune.models.scoring import Scoring, scoring_of
 from preftune.packing.batch import Batch, collate
 from preftune.packing.chat import Tree
 
@@ -113,20 +114,19 @@ class LanguageModel(nn.Module):
 
 def token_logprobs(backbone: Backbone, states: Tensor, batch: Batch) -> Tensor:
     """[M] fp32 log-probabilities from the [T, D] hidden states of `batch`, through the language head of the model inside."""
+    weight, options = language_head(backbone)
+    return chunked_logprobs(states.index_select(0, batch.predict), weight, batch.targets, **options)
+
+
+def language_head(backbone: Backbone) -> tuple[Tensor, dict[str, Any]]:
+    """The [V, D] weight of the language head, and what else makes logits of hidden states: bias, scale, soft cap, type of the products."""
     config, head = backbone.hf.config.get_text_config(), backbone.hf.get_output_embeddings()
     scale = getattr(config, "logit_scale", None)
     if scale is None:
         divisor = getattr(config, "logits_scaling", None)
         scale = 1.0 / divisor if divisor else 1.0
-    return chunked_logprobs(
-        states.index_select(0, batch.predict),
-        head.weight,
-        batch.targets,
-        bias=getattr(head, "bias", None),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        compute=backbone.compute,
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return head.weight, {"bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap, "compute": backbone.compute}
 
 
 class RewardModel(nn.Module):
@@ -135,15 +135,25 @@ class RewardModel(nn.Module):
     head: nn.Linear
 
     def __init__(
-        self, model: Any, *, head: nn.Linear | None = None, heads: int = 1, compute: torch.dtype = torch.float32, packed: bool = True
+        self,
+        model: Any,
+        *,
+        head: nn.Linear | None = None,
+        heads: int = 1,
+        scoring: Scoring | None = None,
+        compute: torch.dtype = torch.float32,
+        packed: bool = True,
     ) -> None:
+        """With `head` a saved one, whose scoring the model's config holds; else a new one of so many `heads`. `scoring` replaces both's."""
         super().__init__()
         self.backbone = Backbone(model, compute=compute, packed=packed)
         width = model.config.get_text_config().hidden_size
         if head is None:
             head = nn.Linear(width, heads, bias=False)
             nn.init.normal_(head.weight, std=1.0 / (width + 1) ** 0.5)
+            scoring = scoring or Scoring(attributes=tuple(f"reward_{n}" for n in range(heads)) if heads > 1 else ())
         self.head = head
+        self.scoring = scoring or scoring_of(model.config, head.out_features)
 
     @property
     def hf(self) -> Any:
@@ -153,6 +163,14 @@ class RewardModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """[G, N] fp32 rewards, 0 where there is no response; [G, N, A] of a model with A > 1 heads."""
         return self._rewards(self.backbone(batch), batch)
+
+    def score(self, batch: Batch, flagged: Tensor | None = None) -> Tensor:
+        """[G, N] fp32 the one score of each response, heads combined and put on a scale as `scoring` says; 0 where there is no response.
+
+        `flagged`, [G] booleans, marks the safety prompts of Llama 2's rule.
+        """
+        combined = self.scoring.combine(self(batch), None if flagged is None else flagged[:, None])
+        return self.scoring.scale(combined).masked_fill(~batch.present, 0.0)
 
     def with_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rewards as `forward` gives them and [M] token log-probabilities by the language head, from one pass of the backbone."""

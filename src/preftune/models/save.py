@@ -1,4 +1,4 @@
-"""Save models as plain Hugging Face directories: a causal LM, or a reward model as a one-label sequence classifier."""
+"""Save models as plain Hugging Face directories: a causal LM, or a reward model as a sequence classifier with a label for each head."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from preftune.errors import UserError
 from preftune.models.load import quiet, score_head
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel
+from preftune.models.scoring import KEY
 from preftune.packing.chat import ChatTokenizer
 
 
@@ -94,8 +95,12 @@ def pad_token(tokenizer: ChatTokenizer) -> int:
 def _save_classifier(model: RewardModel, tokenizer: ChatTokenizer, path: Path) -> None:
     config = _plain_config(model.hf)
     pad = pad_token(tokenizer)
-    config.num_labels = 1
-    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    labels = model.scoring.attributes or ("reward",)
+    config.num_labels = len(labels)
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: n for n, label in enumerate(labels)}
+    config.__dict__.pop(KEY, None)  # of the model that training started from
+    if scoring := model.scoring.to_config():
+        setattr(config, KEY, scoring)
     config.problem_type = "regression"
     config.get_text_config().pad_token_id = pad
     try:

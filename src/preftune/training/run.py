@@ -10,14 +10,16 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
 from preftune.errors import NonFiniteError, UserError
 from preftune.models.load import fingerprint, locate
+from preftune.models.policy import RewardModel
 from preftune.models.save import save_model
+from preftune.models.scoring import Normalise, fit_normaliser
 from preftune.packing.order import Cursor, steps_per_epoch
 from preftune.training import checkpoint
 from preftune.training.check import fast_check
@@ -260,10 +262,24 @@ class Run:
             found = checkpoint.load(checkpoint.step_path(self.directory.checkpoints, best))
             self.setup.learner.restore(found.everything())
         self.setup.learner.model.eval()
+        self._normalise()
         failpoint("final.before")
         with explained("writing the final model", self.directory.final):
             save_model(self.setup.learner.model, self.setup.tokenizer, self.directory.final, adapter=self.setup.adapter)
         failpoint("final.after")
+
+    def _normalise(self) -> None:
+        """Put the scores of a reward model on a scale where its knobs ask for it."""
+        model, which = self.setup.learner.model, cast(Normalise, getattr(self.config.method, "normalise", "none"))
+        if not isinstance(model, RewardModel) or which == "none":
+            return
+        held = self.setup.held_out
+        trees, name = (held.trees, "held-out records") if held else (self.setup.train.trees, "training records")
+        fit_normaliser(model, trees, which, budget=self.config.tokens_per_microbatch, name=name)
+        found = model.scoring
+        self.console.print(
+            f"Scores of {found.fitted_on} had mean {found.mean:.4f} and deviation {found.std:.4f}: they now have 0 and 1.", soft_wrap=True
+        )
 
 
 def _every(interval: int | None, step: int) -> bool:

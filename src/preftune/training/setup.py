@@ -21,6 +21,7 @@ from preftune.methods import KEEP_REASONS, METHODS, Method
 from preftune.models import load
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel, settle_layout
+from preftune.models.scoring import Scoring
 from preftune.packing.chat import REASONS as packing_reasons
 from preftune.packing.chat import ChatTokenizer, Tree, judgements
 from preftune.records import Example
@@ -252,9 +253,11 @@ def load_model(
                     fix="Start from the language model, or set it to 0.",
                 )
             model = RewardModel(classifier, head=load.score_head(classifier)[1], compute=compute)
+            model.scoring = _rescored(model.scoring, method.scoring(config.method))
         else:
             inner = load.load_causal_lm(source)
-            model = RewardModel(inner, heads=method.heads(config.method), compute=compute)
+            scoring = method.scoring(config.method)
+            model = RewardModel(inner, heads=method.heads(config.method), scoring=scoring, compute=compute)
             output = inner.get_output_embeddings()
             if output is not None and output.weight is not inner.get_input_embeddings().weight and not imitates:
                 output.requires_grad_(False)  # no use for it
@@ -272,6 +275,18 @@ def load_model(
     if config.gradient_checkpointing:
         model.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, adapter, notice
+
+
+def _rescored(saved: Scoring, wanted: Scoring) -> Scoring:
+    """The scoring of a reward model that goes on training: as the knobs say, if they mean the heads that it has."""
+    if saved.heads == wanted.heads and (saved.heads == 1 or saved.attributes == wanted.attributes):
+        return wanted
+    named = lambda scoring: ", ".join(scoring.attributes) or "one reward without a name"
+    raise UserError(
+        f"the reward model to start from has heads for {named(saved)}, and method.attributes asks for {named(wanted)}",
+        where="model",
+        fix="Name the attributes that it has, in its order, or start from the language model.",
+    )
 
 
 def make_reference(setup: Setup) -> Reference:
