@@ -158,6 +158,19 @@ def test_length_within_a_prompt_does_not_see_differences_between_prompts():
     assert found["length_pearson_within"].value == pytest.approx(-1) == found["length_spearman_within"].value
 
 
+def test_prompts_with_more_responses_do_not_tilt_the_relation_within_a_prompt():
+    """Two responses to one prompt, five to another, each in the order of their lengths: the relation is perfect in ranks."""
+    trees = [tiny.tree(4, (3, 9), seed=1), tiny.tree(4, (20, 12, 30, 5, 8), seed=2), tiny.tree(4, (7,), seed=3)]
+    lengths = [np.array([len(r) for r in t.responses], dtype=float) for t in trees]
+    falling = figures_of(length_figures([-(v**3) for v in lengths], trees, [t.id for t in trees], 0.95, "score"))
+    assert falling["length_spearman_within"].value == pytest.approx(-1) == falling["length_spearman"].value
+    mixed = [np.array([1.0, 2.0]), np.array([3.0, 1.0, 2.0, 4.0, 5.0]), np.array([9.0])]
+    ranks = [stats.rankdata(v) - (len(v) + 1) / 2 for v in mixed], [stats.rankdata(v) - (len(v) + 1) / 2 for v in lengths]
+    expected = np.corrcoef(*(np.concatenate(side) for side in ranks))[0, 1]
+    found = figures_of(length_figures(mixed, trees, [t.id for t in trees], 0.95, "score"))
+    assert found["length_spearman_within"].value == pytest.approx(expected)
+
+
 # --- pairs and groups -----------------------------------------------------------------------------------------------------------
 
 
