@@ -189,7 +189,7 @@ def test_every_method_has_its_section_with_a_formula() -> None:
     assert [section.partition("\n")[0] for section in sections] == [f"`{name}`" for name in METHODS]
     for name, section in zip(METHODS, sections, strict=True):
         assert f"<!-- method {name} -->\n{docs.method_facts(name)}<!-- /method {name} -->" in section
-        assert len(re.findall(r"^\$\$ .+ \$\$$", section, re.MULTILINE)) == 1, name
+        assert len(re.findall(r"^\$\$ .+ \$\$$", section, re.MULTILINE)) >= 1, name
 
 
 def test_facts_of_a_method_are_written_between_its_markers() -> None:

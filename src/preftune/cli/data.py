@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from preftune.cli.choices import OnError
 from preftune.errors import UserError
 from preftune.formats import FORMATS, REASONS, TARGETS, Dataset, read, write
 from preftune.formats.summary import Lengths, Summary, summarise
@@ -36,13 +36,6 @@ _CONTROL = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) 
 Source = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, a directory, a Hub id owner/name, or sample:hh_pairs.")]
 FormatName = Annotated[str, typer.Option("--format", help=f"auto, or one of: {', '.join(FORMATS)}.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Read at most so many rows.")]
-
-
-class OnError(StrEnum):
-    """What to do with rows that cannot be used."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 @app.command()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from preftune.cli.choices import OnError, Precision
 from preftune.report.words import DASH, SCALED, quantity
 
 if TYPE_CHECKING:
@@ -16,21 +16,6 @@ if TYPE_CHECKING:
 
     from preftune.evaluation.held_out import Report
     from preftune.evaluation.preferences import Figure
-
-
-class OnError(StrEnum):
-    """What to do with rows that cannot be used."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class Precision(StrEnum):
-    """Number format of the model's products."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def evaluate(

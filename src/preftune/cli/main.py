@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from preftune.cli.evaluate import evaluate
+from preftune.cli.sample import sample
 from preftune.errors import EXIT_NONFINITE, EXIT_SIGINT, EXIT_USER, NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -164,6 +165,12 @@ def chat(
     raise typer.Exit(run(model) or 0)
 
 
+app.command(
+    epilog=_examples(
+        "preftune sample smollm2 --prompts sample:hh_pairs -n 4 --output samples.jsonl",
+        "preftune sample runs/sft/final --prompts prompts.jsonl -n 8 --temperature 0.7 --output samples.jsonl",
+    )
+)(sample)
 app.command(
     epilog=_examples(
         "preftune evaluate runs/reward/final pairs.jsonl --eval-fraction 0.1",

@@ -5,7 +5,7 @@ from preftune.formats.order import strict_pairs
 from preftune.formats.reasons import REASONS, Reason
 from preftune.formats.split import prompt_key, split_by_prompt
 from preftune.formats.table import FORMATS, Format
-from preftune.formats.writers import TARGETS, Written, write
+from preftune.formats.writers import TARGETS, Written, writable, write
 
 __all__ = [
     "FORMATS",
@@ -22,5 +22,6 @@ __all__ = [
     "record_id",
     "split_by_prompt",
     "strict_pairs",
+    "writable",
     "write",
 ]

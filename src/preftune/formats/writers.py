@@ -75,9 +75,7 @@ def write(examples: Iterable[Example], path: str | Path, format: str = "preftune
     """
     if format not in TARGETS:
         raise UserError(f"unknown target {format!r}", fix=f"Known: {', '.join(TARGETS)}")
-    out = Path(path)
-    if not out.name.lower().endswith(_ENDINGS):
-        raise UserError("unknown kind of file", where=str(path), fix=f"Known endings: {', '.join(_ENDINGS)}")
+    out = writable(path)
     # an id that follows from the text need not be carried: every reader derives it again
     records = [replace(one, id="") if one.id == record_id(one) else one for one in examples]
     job = _Job(format, TARGETS[format], records)
@@ -87,6 +85,14 @@ def write(examples: Iterable[Example], path: str | Path, format: str = "preftune
         raise UserError(f"nothing can be written as {format}: {why}", where=str(path), fix="Choose another format")
     _save(rows if format == "preftune" else _same_columns(rows), out)
     return Written(str(path), format, len(rows), job.examples, dict(job.left_out), dict(+job.lost))
+
+
+def writable(path: str | Path) -> Path:
+    """The path, if `write` knows its ending. Raises UserError."""
+    out = Path(path)
+    if not out.name.lower().endswith(_ENDINGS):
+        raise UserError("unknown kind of file", where=str(path), fix=f"Known endings: {', '.join(_ENDINGS)}")
+    return out
 
 
 _Make = Callable[[Example], dict[str, Any]]
