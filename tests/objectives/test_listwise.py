@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preftune.objectives.listwise import plackett_luce, reward_listwise
@@ -74,6 +74,7 @@ def test_the_reward_loss_is_the_sum_or_the_mean_over_stages() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=2, max_size=5), st.booleans())
+@settings(deadline=None)
 def test_against_the_stages_written_out(responses: list[tuple[float, int]], mean: bool) -> None:
     values, ranks = [v for v, _ in responses], [r for _, r in responses]
     stages = [

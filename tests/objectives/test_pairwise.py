@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -170,6 +170,7 @@ def test_strengths_of_what_is_not_preferred_change_nothing() -> None:
 
 
 @given(st.lists(VALUE, min_size=2, max_size=4), st.floats(0, 0.49), st.data())
+@settings(deadline=None)
 def test_smoothing_margins_and_soft_labels_written_out(values: list[float], wrong: float, data) -> None:
     """-[p' log sigma(D - m) + (1 - p') log sigma(m - D)], p' = (1 - e) p + e (1 - p): under any label the two chances sum to 1."""
     n = len(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preftune.objectives.pointwise import higher, squared_error
@@ -31,6 +31,7 @@ def test_the_best_constant_is_the_mean_and_loses_the_variance() -> None:
 
 
 @given(st.lists(st.lists(st.tuples(st.floats(-9, 9), st.none() | st.floats(-9, 9)), min_size=3, max_size=3), min_size=1, max_size=4))
+@settings(deadline=None)
 def test_against_torch_over_rated_responses_alone(rows: list[list[tuple[float, float | None]]]) -> None:
     rewards = t(*[[r for r, _ in row] for row in rows]).requires_grad_()
     rated = t(*[[NAN if s is None else s for _, s in row] for row in rows])
@@ -45,7 +46,7 @@ def test_against_torch_over_rated_responses_alone(rows: list[list[tuple[float, f
     assert torch.autograd.gradcheck(lambda r: squared_error(r, rated, weight)[0], rewards)
 
 
-@pytest.mark.parametrize("there", [0.0, 1e18, -7.0])
+@pytest.mark.parametrize("there", [0.0, 1e30, -7.0])
 def test_what_stands_where_nothing_is_rated_has_no_effect(there: float) -> None:
     rewards = torch.tensor([[1.0, there]], requires_grad=True)
     loss, metrics = squared_error(rewards, torch.tensor([[3.0, NAN]]), torch.tensor([[1.0, 0.0]]))

@@ -90,7 +90,7 @@ def test_a_record_that_serves_may_stand_anywhere() -> None:
 def test_annotators_are_measured_on_training_records_alone(tiny_llama: Path, tmp_path: Path) -> None:
     """A is .3 more lenient; what B says of held-out records, far off, changes neither, and is put on the same scale."""
     train = [own(0.9, 0.7, annotator="A"), own(0.6, 0.4, annotator="B")]
-    held = [own(9.0, 5.0, prompt="held out", annotator="B")]
+    held = [own(9.0, 5.0, prompt="held out", annotator="B"), own(1.0, 2.0, prompt="held out", annotator="A")]
     files = [pairs(tmp_path / name, *rows) for name, rows in (("train.jsonl", train), ("held.jsonl", held))]
     words = ["eval_fraction=0", f"data.path={files[0]}", f"eval_data={files[1]}", "method.annotators=additive"]
     _, config = resolve(command("reward_pointwise", tiny_llama, tmp_path / "run", *words))
