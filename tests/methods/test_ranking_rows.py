@@ -166,8 +166,18 @@ def test_rrhf_follows_the_majority_of_a_pair() -> None:
     """Two of three people prefer the first: the pair counts whole; one of two would be a tie."""
     votes = (Comparison(0, 1), Comparison(0, 1), Comparison(0, 1, 0.0))
     tree = judged(*[Response("r")] * 2, comparisons=votes, sizes=(1, 1))
-    tokens = torch.tensor([-3.0, -1.0], dtype=torch.float64)
-    assert loss_of(METHODS["rrhf"], [kept(METHODS["rrhf"], tree)], tokens).item() == pytest.approx(2 + 3)
+    for p, expected in (((-3.0, -1.0), 2 + 3), ((-1.0, -3.0), 0 + 1)):
+        tokens = torch.tensor(p, dtype=torch.float64)
+        assert loss_of(METHODS["rrhf"], [kept(METHODS["rrhf"], tree)], tokens).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ROWS[1:], ids=lambda method: method.name)
+def test_the_others_follow_the_ranking_that_comparisons_make(method: Method) -> None:
+    """0 beats 1 and 2 beats 3: two are best and two are worst, and each of the best meets both of the worst."""
+    said = judged(*[Response("r")] * 4, comparisons=(Comparison(0, 1), Comparison(2, 3)))
+    ranks = judged(*(Response("r", rank=rank) for rank in (1, 2, 1, 2)))
+    tokens = some_tokens([said])
+    assert loss_of(method, [kept(method, said)], tokens).item() == loss_of(method, [kept(method, ranks)], tokens).item()
 
 
 @pytest.mark.parametrize("method", [*ROWS, WITH_GAPS], ids=lambda method: method.name)
