@@ -18,6 +18,9 @@ from preftune.training.durable import replace_file
 
 PAGE, CHART = "methods-compared.md", "methods-compared.svg"
 
+LEAST_KL = 1e-5
+"""In nats: where a policy that did not move stands on the logarithmic axis."""
+
 Row = dict[str, Any]
 
 
@@ -149,7 +152,7 @@ def chart(rows: Sequence[Row]) -> str:
         heads, axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 6))
         for index, row in enumerate(rows, 1):
             accuracy, kl = row["accuracy"], row.get("kl")
-            place, at = (axes, kl["value"]) if kl else (heads, index)
+            place, at = (axes, max(kl["value"], LEAST_KL)) if kl else (heads, index)
             colour = SERIES[0] if kl else SERIES[1]
             reach = (
                 None
@@ -162,7 +165,9 @@ def chart(rows: Sequence[Row]) -> str:
             place.axhline(0.5, color=MUTED, linestyle="--", linewidth=0.8)
             place.grid(axis="y")
         heads.set(xticks=[], xlabel="reward models", ylabel="pair accuracy on held-out prompts")
-        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: number(x))
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("KL to the SFT start, nats a response")
         heads.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         file = io.StringIO()
