@@ -120,14 +120,13 @@ def fit_normaliser(model: RewardModel, trees: Sequence[Tree], which: Normalise, 
     if which == "none":
         return
     model.eval()
-    raw = replace(model.scoring, mean=0.0, std=1.0, fitted_on="")
     found: dict[int, Tensor] = {}
     for part in microbatches(trees, budget):
         batch = collate([trees[i] for i in part]).to(model.backbone.device)
         counted = batch.present if which == "all" else batch.best > 0
-        combined = raw.combine(model(batch)).double()
+        combined = model.scoring.combine(model(batch)).double()
         found.update({index: combined[row][counted[row]].cpu() for row, index in enumerate(part)})
     values = torch.cat([found[i] for i in range(len(trees))])
     mean, deviation = moments(values)
     said = f"{'all' if which == 'all' else 'the best'} responses of {len(trees)} {name or 'records'}"
-    model.scoring = replace(raw, mean=mean.item(), std=deviation.item(), fitted_on=said)
+    model.scoring = replace(model.scoring, mean=mean.item(), std=deviation.item(), fitted_on=said)
