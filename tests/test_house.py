@@ -27,6 +27,7 @@ FLOORS = [
     {"objectives"},
     {"models"},
     {"rollout"},
+    {"selection"},
     {"methods"},
     {"training"},
     {"evaluation"},

@@ -105,11 +105,12 @@ def filled(page: str) -> str:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every command of the command line, those of `data` too, with the first line of its help."""
+    """Every command of the command line, those of `data` and `select` too, with the first line of its help."""
     from preftune.cli.data import app as data_app
     from preftune.cli.main import app
+    from preftune.cli.select import app as select_app
 
-    for prefix, group in (("", app), ("data ", data_app)):
+    for prefix, group in (("", app), ("data ", data_app), ("select ", select_app)):
         for command in group.registered_commands:
             name = command.name or getattr(command.callback, "__name__", "").replace("_", "-")
             yield prefix + name, (command.help or inspect.getdoc(command.callback) or "").partition("\n")[0]

@@ -14,6 +14,7 @@ import typer
 
 from preftune.cli.evaluate import evaluate
 from preftune.cli.sample import sample
+from preftune.cli.score import score
 from preftune.errors import EXIT_NONFINITE, EXIT_SIGINT, EXIT_USER, NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -171,6 +172,25 @@ app.command(
         "preftune sample runs/sft/final --prompts prompts.jsonl -n 8 --temperature 0.7 --output samples.jsonl",
     )
 )(sample)
+app.command(epilog=_examples("preftune score samples.jsonl --judge runs/reward/final --output scored.jsonl"))(score)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog=_examples(
+        "preftune select best scored.jsonl --output sft.jsonl",
+        "preftune select rso scored.jsonl --count 8 --beta 0.5 --output accepted.jsonl",
+        "preftune select pairs accepted.jsonl --how first_round --output pairs.jsonl",
+    ),
+)
+def select(ctx: typer.Context) -> None:
+    """Turn scored samples into training records: best, top, threshold, raft, rso or pairs."""
+    from preftune.cli.select import app as select_app
+
+    raise typer.Exit(select_app(ctx.args, prog_name="preftune select", standalone_mode=False) or 0)
+
+
 app.command(
     epilog=_examples(
         "preftune evaluate runs/reward/final pairs.jsonl --eval-fraction 0.1",

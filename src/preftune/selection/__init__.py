@@ -1,0 +1,1 @@
+"""From scored samples to training records: Best-of-N, top-k, thresholds, RAFT, statistical rejection, pairs. No torch."""

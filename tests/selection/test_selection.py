@@ -1,0 +1,69 @@
+"""Scored records to training records."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from preftune.errors import UserError
+from preftune.records import Example, Response
+from preftune.selection import select
+from preftune.selection.pairing import PAIRINGS
+
+
+def record(*scores, name="a", texts=None) -> Example:
+    texts = texts or [f"{name}{i}" for i in range(len(scores))]
+    return Example("p", tuple(Response(t, score=s, rank=9) for t, s in zip(texts, scores, strict=True)), id=name, where=f"f:{name}")
+
+
+FILE = [record(0.1, 0.9, 0.9, name="a"), record(3.0, 2.0, 1.0, name="b"), record(-1.0, -2.0, -3.0, name="c")]
+
+
+def texts(found: select.Selected) -> list[list[str]]:
+    return [[response.text for response in example.responses] for example in found.examples]
+
+
+def test_best_top_threshold_and_the_global_share() -> None:
+    assert texts(select.choose(FILE, select.best)) == [["a1"], ["b0"], ["c0"]]
+    assert texts(select.choose(FILE, select.top(2))) == [["a1", "a2"], ["b0", "b1"], ["c0", "c1"]]
+    found = select.choose(FILE, select.threshold(0.9))
+    assert texts(found) == [["a1", "a2"], ["b0", "b1", "b2"]] and found.prompts_without == 1
+    assert found.before.mean() == pytest.approx(np.mean([0.1, 0.9, 0.9, 3, 2, 1, -1, -2, -3])) and len(found.after) == 5
+    assert texts(select.raft(FILE, 1 / 3)) == [["b0", "b1", "b2"]]
+    assert all(r.rank is None for e in found.examples for r in e.responses), "a rank among responses that are gone says nothing"
+
+
+def test_rejection_takes_equal_texts_once_and_hangs_on_seed_and_record_alone() -> None:
+    doubled = record(1.0, 1.0, 0.0, name="d", texts=["x", "x", "y"])
+    assert sorted(texts(select.choose([doubled], select.rso(3, 1.0, 0)))[0]) == ["x", "y"]
+    many = [record(*np.linspace(0, 1, 9).tolist(), name=str(i)) for i in range(6)]
+    there, back = (texts(select.choose(order, select.rso(4, 0.5, 3))) for order in (many, many[::-1]))
+    assert there == back[::-1] and there != texts(select.choose(many, select.rso(4, 0.5, 4)))
+
+
+@pytest.mark.parametrize(("how", "meetings"), [("first_round", 4), ("tournament", 7), ("all", 28), ("best_worst", 1)])
+def test_pairs_of_eight(how: str, meetings: int) -> None:
+    """Methods G.5."""
+    found = select.pairs([record(*map(float, range(8)))], how)
+    assert len(found.examples) == meetings and len({e.id for e in found.examples}) == meetings
+    assert all(e.responses[0].score > e.responses[1].score and [r.rank for r in e.responses] == [1, 2] for e in found.examples)
+    assert not select.pairs([record(1.0, 1.0, 1.0)], how).examples and select.pairs([record(1.0)], how).prompts_without == 1
+
+
+def test_the_winner_of_a_tournament_is_the_best_and_meets_all_comers() -> None:
+    for seed in range(20):
+        scores = np.random.default_rng(seed).permutation(11).astype(float).tolist()
+        played = PAIRINGS["tournament"](scores, np.random.default_rng(seed))
+        losers = {worse for _, worse in played}
+        assert len(played) == 10 and set(range(11)) - losers == {int(np.argmax(scores))}
+
+
+def test_a_response_without_a_score_is_named() -> None:
+    with pytest.raises(UserError, match=r"response 2 has no score.*preftune score") as told:
+        select.choose([record(1.0, None)], select.best)
+    assert told.value.where == "f:a"
+    with pytest.raises(UserError, match="Name one with --by: helpful"):
+        select.choose([record({"helpful": 1.0})], select.best)
+    with pytest.raises(UserError, match="no score of 'safe'"):
+        select.choose([record({"helpful": 1.0})], select.best, by="safe")
+    assert texts(select.choose([record({"helpful": 1.0}, {"helpful": 2.0})], select.best, by="helpful")) == [["a1"]]
