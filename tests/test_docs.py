@@ -16,6 +16,7 @@ from preftune import __version__, errors
 from preftune.cli import docs
 from preftune.cli.data import app as data_app
 from preftune.cli.main import app, parse, resolve
+from preftune.cli.select import app as select_app
 from preftune.formats import FORMATS
 from preftune.methods import METHODS
 from preftune.training.run import MAY_CHANGE
@@ -57,8 +58,9 @@ def mistake(line: str, targets: set[str]) -> str | None:
     if words[0] == "torchrun":
         words = words[words.index("-m") + 1 :]
     command: click.Command = typer.main.get_command(app)
-    if words[1] == "data" and len(words) > 2:
-        command, words = typer.main.get_command(data_app), words[1:]
+    groups = {"data": data_app, "select": select_app}
+    if words[1] in groups and len(words) > 2:
+        command, words = typer.main.get_command(groups[words[1]]), words[1:]
     name, rest = words[1], words[2:]
     if name.startswith("--"):
         return None if name in options(command) else f"no option {name}"
