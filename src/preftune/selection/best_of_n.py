@@ -35,7 +35,7 @@ def best_of_n_kl_bound(n: int) -> float:
 
 
 def best_of_n_kl(probabilities: Sequence[float], n: int) -> float:
-    """KL(Best-of-N || policy) in nats of a policy over finitely many responses, their probabilities in ascending order of reward, no ties."""
+    """KL(Best-of-N || policy) in nats over finitely many responses, their probabilities in ascending order of reward, no ties."""
     p = np.asarray(probabilities, dtype=float)
     cumulative = np.concatenate([[0.0], np.cumsum(p / p.sum())])
     q = np.diff(cumulative**n)

@@ -90,7 +90,7 @@ def raft(examples: Sequence[Example], share: float, by: str | None = None) -> Se
 
 
 def rso(count: int, beta: float, seed: int) -> Chooser:
-    """Statistical rejection sampling of `count` responses of each prompt; equal texts are one candidate. Fewer stay where there are fewer."""
+    """Statistical rejection sampling of `count` responses of each prompt; equal texts are one candidate, and fewer may stay."""
 
     def chooser(example: Example, scores: np.ndarray) -> Sequence[int]:
         texts = [response.text for response in example.responses]
