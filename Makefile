@@ -44,6 +44,7 @@ bench: $(STAMP) ## Time and memory beside TRL and plain transformers, in the sam
 
 soak: $(STAMP) ## Kill runs at random moments and compare every byte (minutes)
 	$(BIN)/python -m tests.training.soak
+	$(BIN)/python -m pytest -m slow
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

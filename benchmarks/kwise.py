@@ -4,8 +4,9 @@ Both sides are the same learner with the same objective, weights, optimizer, pre
 the model is called: ours reads each prompt once with its responses behind it and gives log-probabilities of response tokens alone; the
 plain side calls AutoModelForCausalLM on K right-padded rows a prompt and takes log_softmax over all logits, or calls
 AutoModelForSequenceClassification. First losses and gradients of both are compared in fp32; then sides alternate (A B A B), each in its
-own process; the first step of each process warms up and is not counted. A record is a real prompt and K texts of the data, cut to one
-length, in an order that means nothing.
+own process; the first step of each process warms up and is not counted. A record is a real prompt and K texts of the data, in an order that
+means nothing: texts as people wrote them and a prompt about as long as their mean, or (--response-tokens) all cut to one length, where
+padding costs the plain side nothing.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from preftune.training.distributed import World
 from preftune.training.learner import Learner
 
 PREFTUNE, PLAIN = "preftune", "transformers"
+NATURAL_MOST = 512
+"""Tokens of the longest text that is taken as it is."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 """Relative, in fp32: the largest for a loss, and for any one tensor's gradient in its norm."""
 
@@ -57,19 +60,32 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 
 
 def records(path: Path, tokenizer: ChatTokenizer, *, count: int, width: int, prompt: int, response: int) -> list[dict[str, Any]]:
-    """The first `count` prompts within an eighth of `prompt` tokens, each with `width` texts cut to `response` tokens, as token ids."""
+    """`count` prompts with `width` texts each, as token ids: prompts within an eighth of `prompt` tokens and texts cut to `response`.
+
+    With `response` 0 the texts are as long as people wrote them, to 512 tokens, and a prompt is within an eighth of its texts' mean.
+    """
     prompts: list[list[int]] = []
     texts: list[list[int]] = []
+    near = lambda ids, length: 7 * length <= 8 * len(ids) <= 9 * length
     for example in formats.read(path, on_error="skip").examples:
         tree, *_ = tokenizer.encode(example, None)
         if tree is None:
             continue
-        texts += [r[:response].tolist() for r in tree.responses if len(r) > response]
-        if 7 * prompt <= 8 * len(tree.prompt) <= 9 * prompt:
+        texts += [r[: response or None].tolist() for r in tree.responses if (len(r) > response if response else len(r) <= NATURAL_MOST)]
+        if not response or near(tree.prompt, prompt):
             prompts.append(tree.prompt.tolist())
-        if len(prompts) >= count and len(texts) >= count * width:
-            return [{"prompt": prompts[i], "responses": texts[i * width : (i + 1) * width]} for i in range(count)]
-    raise SystemExit(f"{path} has {len(prompts)} such prompts and {len(texts)} such texts; {count} and {count * width} are needed")
+        if response and len(prompts) >= count and len(texts) >= count * width:
+            break
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(texts) - width + 1, width):
+        mine = texts[start : start + width]
+        mean = sum(map(len, mine)) / width
+        at = next((i for i, ids in enumerate(prompts) if response or near(ids, mean)), None)
+        if at is not None:
+            found.append({"prompt": prompts.pop(at), "responses": mine})
+        if len(found) == count:
+            return found
+    raise SystemExit(f"{path} has only {len(found)} such prompts with {width} such texts; {count} are needed")
 
 
 def trees_of(rows: Sequence[dict[str, Any]], method: Method) -> list[Tree]:
@@ -207,7 +223,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", type=Path, default=HH)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--response-tokens", type=int, default=128)
+    parser.add_argument("--response-tokens", type=int, default=0, help="cut every response to so many; 0 takes them as they are")
     parser.add_argument("--prompts-per-step", type=int, default=4)
     parser.add_argument("--prompts-per-microbatch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
@@ -261,8 +277,12 @@ def show(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None
     """The table: medians over all counted steps, peak memory, tokens, and the plain side in units of ours."""
     print(
         f"\n{options.model}, {options.precision}, {options.prompts_per_step} prompts a step, "
-        f"{options.prompts_per_microbatch} a micro-batch, prompts of about {options.prompt_tokens} tokens, "
-        f"responses of {options.response_tokens}"
+        f"{options.prompts_per_microbatch} a micro-batch, "
+        + (
+            f"prompts of about {options.prompt_tokens} tokens, responses of {options.response_tokens}"
+            if options.response_tokens
+            else "responses as people wrote them, prompts about as long as their mean"
+        )
     )
     print("| method | K | side | step, s | peak memory, GB | tokens a step | first loss | largest gradient gap |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

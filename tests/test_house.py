@@ -27,11 +27,13 @@ FLOORS = [
     {"objectives"},
     {"models"},
     {"rollout"},
+    {"rewards"},
     {"selection"},
     {"methods"},
     {"training"},
     {"evaluation"},
     {"report"},
+    {"rounds"},
     {"quickstart"},
     {"cli"},
 ]

@@ -21,12 +21,13 @@ from rich.console import Console
 from preftune import formats
 from preftune.configfile import load as load_config
 from preftune.evaluation.generate import Generated, generate
-from preftune.evaluation.measure import Values, pair_margins, response_values, sequence_kl, token_logps
+from preftune.evaluation.measure import pair_margins, sequence_kl, token_logps
 from preftune.evaluation.statistics import Estimate, accuracy_ci, clustered_mean_ci, paired_difference_ci
 from preftune.methods import find
 from preftune.models import load
 from preftune.models.policy import LanguageModel, RewardModel
 from preftune.models.save import save_model
+from preftune.models.values import Values, response_values
 from preftune.packing.chat import ChatTokenizer, Tree
 from preftune.records import Example
 from preftune.report.page import write_quickstart

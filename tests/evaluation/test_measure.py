@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from preftune.evaluation.generate import generate
-from preftune.evaluation.measure import pair_margins, response_values, sequence_kl, token_logps
+from preftune.evaluation.measure import pair_margins, sequence_kl, token_logps
 from preftune.models.attention import NAME
 from preftune.models.policy import LanguageModel
+from preftune.models.values import response_values
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Message
 from tests import tiny

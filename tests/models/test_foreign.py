@@ -229,6 +229,26 @@ def test_regression_18_a_reward_models_adapter_brings_its_head(base: Path, tmp_p
         load.load_classifier(load.locate(str(folder)))
 
 
+@pytest.mark.parametrize("start", ["language model", "classifier"])
+def test_regression_18_our_own_reward_adapter_brings_its_head(start: str, base: Path, tmp_path: Path) -> None:
+    """`final/adapter` of a run with LoRA is the same reward model as `final`, for us and for peft."""
+    model = base
+    if start == "classifier":
+        model = tmp_path / "classifier"
+        torch.manual_seed(3)
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0).save_pretrained(model)
+        tiny.tokenizer().save_pretrained(model)
+    run = tmp_path / "run"
+    assert runs.train(runs.command("reward", model, run, "lora.rank=4", "lora.alpha=8", "max_steps=4")) == 0
+    whole = load.load_classifier(load.locate(str(run / "final")))
+    again = load.load_classifier(load.locate(str(run / "final" / "adapter")))
+    same(ours_scores(again, ended(TREES)), ours_scores(whole, ended(TREES)))
+    torch.manual_seed(99)
+    start_model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    theirs = PeftModel.from_pretrained(start_model, run / "final" / "adapter").eval()
+    same(theirs_scores(theirs, ended(TREES)), ours_scores(whole, ended(TREES)))
+
+
 @pytest.fixture(scope="module")
 def trl_reward(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A reward model and a reward adapter as TRL's RewardTrainer saves them after a step."""

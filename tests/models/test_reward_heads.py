@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from preftune.errors import UserError
-from preftune.evaluation.measure import response_values
 from preftune.methods import METHODS
 from preftune.models import load
 from preftune.models.policy import RewardModel
 from preftune.models.save import save_model
 from preftune.models.scoring import KEY, Scoring, fit_normaliser, safety_first
+from preftune.models.values import response_values
 from preftune.packing.batch import collate
 from preftune.packing.chat import Tree
 from tests import tiny

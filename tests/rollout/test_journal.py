@@ -42,6 +42,6 @@ def test_samples_of_another_setting_are_refused_and_left_alone(tmp_path: Path) -
     with pytest.raises(UserError, match="seed was 0 and is now 1"), Journal(tmp_path / "j", HEADER | {"seed": 1}):
         pass
     (tmp_path / "other").write_text("hello\n")
-    with pytest.raises(UserError, match="no file of samples under way"), Journal(tmp_path / "other", HEADER):
+    with pytest.raises(UserError, match="no file of work under way"), Journal(tmp_path / "other", HEADER):
         pass
     assert (tmp_path / "j").read_bytes() == before and (tmp_path / "other").read_text() == "hello\n"

@@ -30,24 +30,28 @@ BASE = (
 )
 """Several micro-batches a step, an epoch whose last step is smaller, saves and evaluations that do not coincide."""
 
+RATED = ("data.path=sample:kwise", "max_length=256", "tokens_per_microbatch=256")
+"""In place of pairs, for a method that learns ratings."""
+NEEDS_RATINGS = ("reward_pointwise",)
+
 LORA = ("lora.rank=4", "lora.alpha=8")
 TIMINGS = ("seconds", "peak_memory")
 
 
 def command(method: str, model: Path, output: Path, *words: str) -> list[str]:
     """The words after `preftune train` for this run; later words win over BASE."""
-    settings = dict(word.split("=", 1) for word in (*BASE, *words))
+    rated = RATED if method in NEEDS_RATINGS else ()
+    settings = dict(word.split("=", 1) for word in (*BASE, *rated, *words))
     return [method, f"model={model}", f"output={output}", *(f"{key}={value}" for key, value in settings.items())]
 
 
 def train(words: list[str]) -> int:
     """The command in this process, without the report after it; its exit code, or whatever it raises."""
     from preftune.cli.console import progress_console
-    from preftune.cli.main import resolve
-    from preftune.training.run import train
+    from preftune.cli.main import resolve, start
 
     name, config = resolve(words)
-    return train(name, config, progress_console())
+    return start(name, config, progress_console())
 
 
 def _child(words: list[str], log: str, trace: str) -> None:
@@ -67,6 +71,7 @@ def _child(words: list[str], log: str, trace: str) -> None:
 
 def _trace_failpoints(trace: str) -> None:
     """Append the name of every failpoint passed to the file `trace`, so that a killed process tells how far it came."""
+    from preftune.rounds import run as rounds
     from preftune.training import checkpoint, durable, failpoints, metrics, run
 
     descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -75,7 +80,7 @@ def _trace_failpoints(trace: str) -> None:
         os.write(descriptor, f"{name}\n".encode())
         failpoints.failpoint(name)
 
-    for module in (checkpoint, durable, metrics, run):
+    for module in (checkpoint, durable, metrics, run, rounds):
         module.failpoint = traced
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
 
-from preftune.evaluation.generate import generate
 from preftune.models import load
 from preftune.models.policy import LanguageModel
+from preftune.packing.chat import ChatTokenizer
 from preftune.records import Message
+from preftune.rollout.engine import Engine
+from preftune.rollout.sampling import Sampling
 from preftune.training.setup import compute_dtype
 
-MAX_NEW_TOKENS = 256
 
+def chat(model: str, sampling: Sampling, seed: int = 0) -> int:
+    """Read a line, answer it as the words come, remember the conversation. Works through a pipe, too.
 
-def chat(model: str) -> int:
-    """Read a line, answer it, remember the conversation; an empty line starts afresh, end of input leaves. Works through a pipe, too."""
+    An empty line starts afresh, end of input leaves.
+    """
     console = Console()
     source = load.locate(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +41,35 @@ def chat(model: str) -> int:
             turns = []
             continue
         turns.append(Message("user", text))
-        with console.status("..."):
-            response = generate(policy, tokenizer, [tuple(turns)], max_new_tokens=MAX_NEW_TOKENS)[0]
-        turns.append(Message("assistant", response.text))
-        console.print(response.text, markup=False, highlight=False)
+        turns.append(Message("assistant", answer(policy, tokenizer, turns, sampling, seed, _write)))
+        _write("\n")
+
+
+def answer(
+    policy: LanguageModel, tokenizer: ChatTokenizer, turns: Sequence[Message], sampling: Sampling, seed: int, write: Callable[[str], None]
+) -> str:
+    """One response to a conversation, handed to `write` piece by piece as it is drawn; returns all of it."""
+    ids: list[int] = []
+    shown = ""
+
+    def show(prompt: int, number: int, token: int) -> None:
+        nonlocal shown
+        ids.append(token)
+        text = tokenizer.decode(ids).lstrip()
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER} \n")  # a letter may be several tokens; space at the end may be cut
+        if whole.startswith(shown):
+            write(whole[len(shown) :])
+            shown = whole
+
+    engine = Engine(policy, tokenizer.turn_ends, tokenizer.decode, on_token=show)
+    (one,) = engine.generate([tokenizer.encode_prompt(tuple(turns))], 1, sampling, seed)
+    text = tokenizer.decode(one.ids)[: one.text_end].strip()
+    if text.startswith(shown):
+        write(text[len(shown) :])
+    return text
+
+
+def _write(text: str) -> None:
+    """To the terminal at once, as it stands."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

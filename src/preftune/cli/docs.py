@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from preftune.configschema import Row, keys
 from preftune.methods import METHODS
 from preftune.packing.chat import Tree
+from preftune.rounds.config import RoundsConfig
+from preftune.rounds.methods import ITERATED, Iterated, config_kind
 from preftune.training.config import RunConfig, run_config
 
 CONFIGURATION = Path("docs/configuration.md")
@@ -27,6 +30,9 @@ MARKED = (README, METHODS_PAGE)
 
 _MARKER = re.compile(r"(<!-- (methods|method ([\w-]+)) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+
+_ROUNDS_ALONE = RoundsConfig.model_fields.keys() - RunConfig.model_fields.keys()
+"""Keys that only a run in rounds has."""
 
 _INTRODUCTION = """\
 # Configuration
@@ -54,6 +60,9 @@ def configuration_page() -> str:
     """docs/configuration.md: every key of every method, and every command."""
     parts = [_INTRODUCTION, "## Keys of every run\n\n" + _table(row for row in keys(RunConfig) if row.key != "method")]
     parts += [_method_section(name, method) for name, method in METHODS.items()]
+    shared = [row for row in keys(RoundsConfig) if row.key.partition(".")[0] in _ROUNDS_ALONE]
+    parts.append("## Keys of every method in rounds\n\n" + _table(shared))
+    parts += [_rounds_section(row) for row in ITERATED.values()]
     parts.append("## Commands\n\n" + "\n".join(f"- `preftune {name}`: {help}" for name, help in commands()) + "\n")
     return "\n".join(parts)
 
@@ -68,7 +77,7 @@ def methods_table() -> str:
 
 def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
     """Name, title, needs, paper and summary of each method, as words."""
-    for name, method in METHODS.items():
+    for name, method in (*METHODS.items(), *ITERATED.items()):
         yield name, method.title, method.needs, method.paper or "-", method.summary
 
 
@@ -127,6 +136,22 @@ def _method_section(name: str, method: Any) -> str:
     lines += [f"Its own defaults: {defaults}.\n"] if changed else []
     lines += [_table(knobs) if knobs else "It has no knobs of its own.\n"]
     return "\n".join(lines)
+
+
+def _rounds_section(row: Iterated) -> str:
+    kind = config_kind(row.name)
+    defaults = ", ".join(f"`{one.key}: {one.default}`" for one in keys(kind) if one.key in _dotted(row.defaults))
+    lines = [f"## `{row.name}`: {row.title}\n", f"{_sentence(row.summary)} {row.when}\n", f"Each record needs {row.needs}.\n"]
+    lines += [f"Its own defaults: {defaults}.\n", _table(one for one in keys(kind) if one.key.startswith("method."))]
+    return "\n".join(lines)
+
+
+def _dotted(defaults: dict[str, Any]) -> set[str]:
+    """The keys that a row's defaults set, those of sections by their dotted names."""
+    found: set[str] = set()
+    for name, value in defaults.items():
+        found |= {f"{name}.{key}" for key in value.model_fields_set} if isinstance(value, BaseModel) else {name}
+    return found
 
 
 def _table(rows: Any) -> str:

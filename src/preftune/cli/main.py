@@ -18,6 +18,8 @@ from preftune.cli.score import score
 from preftune.errors import EXIT_NONFINITE, EXIT_SIGINT, EXIT_USER, NonFiniteError, UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from preftune.training.config import RunConfig
 
 app = typer.Typer(
@@ -69,9 +71,8 @@ def train(words: Words = None) -> None:
     """Train a model, or go on with a run that was stopped."""
     name, config = resolve(words or [])
     from preftune.cli.console import progress_console
-    from preftune.training.run import train as run
 
-    code = run(name, config, progress_console())
+    code = start(name, config, progress_console())
     if code == 0 and os.environ.get("RANK", "0") == "0":
         from preftune.report.page import write
 
@@ -84,6 +85,12 @@ def check(words: Words = None) -> None:
     """Prove before step 1 that your model and data fit together; each line passes or fails with its cause."""
     name, config = resolve(words or [])
     from preftune.cli.console import progress_console
+    from preftune.rounds.config import RoundsConfig
+
+    if isinstance(config, RoundsConfig):
+        from preftune.rounds.run import check as in_rounds
+
+        raise typer.Exit(0 if in_rounds(name, config, progress_console()) else EXIT_USER)
     from preftune.training.check import check as run
 
     raise typer.Exit(0 if run(name, config, progress_console()) else EXIT_USER)
@@ -104,6 +111,7 @@ def show_config(
     """Print every key of a method's config with its default and doc; with a CONFIG or settings, the config they make."""
     from preftune import configfile, configschema
     from preftune.cli.console import say
+    from preftune.rounds.methods import config_kind
 
     name, path, overrides = parse(words or [])
     kind = config_kind(name)
@@ -156,14 +164,19 @@ def quickstart(output: Annotated[Path, typer.Option(help="Folder of the run.")] 
     raise typer.Exit(run(output, progress_console()) or 0)
 
 
-@app.command(epilog=_examples("preftune chat runs/quickstart/dpo/final", "preftune chat smollm2"))
+@app.command(epilog=_examples("preftune chat runs/quickstart/dpo/final", "preftune chat smollm2 --temperature 0.7"))
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file, or smollm2.", show_default=False)],
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
 ) -> None:
     """Talk to a model."""
     from preftune.cli.chat import chat as run
+    from preftune.rollout.sampling import Sampling
 
-    raise typer.Exit(run(model) or 0)
+    raise typer.Exit(run(model, Sampling(max_new_tokens, temperature, top_p), seed) or 0)
 
 
 app.command(
@@ -208,6 +221,19 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a 
     say(str(write(run)))
 
 
+def start(name: str, config: RunConfig, console: Console) -> int:
+    """Train as the config says, at once or in rounds; returns the exit code."""
+    from preftune.rounds.config import RoundsConfig
+
+    if isinstance(config, RoundsConfig):
+        from preftune.rounds.run import train as in_rounds
+
+        return in_rounds(name, config, console)
+    from preftune.training.run import train as at_once
+
+    return at_once(name, config, console)
+
+
 def parse(words: Sequence[str]) -> tuple[str, Path | None, list[str]]:
     """METHOD, CONFIG.yaml and KEY=VALUE words, told apart by their looks; the config's `use` stands in for METHOD.
 
@@ -235,18 +261,10 @@ def parse(words: Sequence[str]) -> tuple[str, Path | None, list[str]]:
     return str(name), path, overrides
 
 
-def config_kind(name: str) -> type[RunConfig]:
-    """The config type of a method. Raises UserError for an unknown name, with the nearest one."""
-    from preftune.methods import find
-    from preftune.training.config import run_config
-
-    method = find(name)
-    return run_config(method.knobs, {**method.defaults, "use": name}, compares=method.compares)
-
-
 def resolve(words: Sequence[str]) -> tuple[str, RunConfig]:
     """The method's name and the resolved config of a command's words."""
     from preftune.configfile import load
+    from preftune.rounds.methods import config_kind
 
     name, path, overrides = parse(words)
     return name, load(config_kind(name), path, overrides)

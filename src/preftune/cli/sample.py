@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +15,7 @@ from preftune.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from preftune.packing.chat import ChatTokenizer
     from preftune.records import Example
-    from preftune.rollout.journal import Journal
     from preftune.rollout.sampling import Sampling
 
 
@@ -70,7 +67,8 @@ def _draw(
 
     from preftune import formats
     from preftune.models import load
-    from preftune.models.policy import LanguageModel
+    from preftune.models.policy import LanguageModel, settle_layout
+    from preftune.rollout.draw import draw, lacking, records
     from preftune.rollout.engine import Engine
     from preftune.rollout.journal import Journal
     from preftune.training.progress import meter
@@ -79,57 +77,30 @@ def _draw(
 
     source = load.locate(model)
     tokenizer = load.load_tokenizer(source)
-    encoded = [tokenizer.encode_prompt(example.prompt) for example in examples]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(precision, device)
     header = {"samples": 1, "model": load.fingerprint(source), "seed": seed, "precision": str(compute), **asdict(sampling)}
     header["stop"] = list(sampling.stop)
-    with GracefulStop() as asked_to_stop, Journal(output.with_name(f"{output.name}.partial"), header) as journal:
-        missing = [[k for k in range(n) if k not in journal.done.get(example.id, ())] for example in examples]
-        total, done = n * len(examples), n * len(examples) - sum(map(len, missing))
+    with GracefulStop() as stop, Journal(output.with_name(f"{output.name}.partial"), header) as journal:
+        total = n * len(examples)
+        done = total - sum(map(len, lacking(examples, n, journal)))
         if done:
             console.print(f"going on: {done} of {total} responses are there", soft_wrap=True)
         if done < total:
             with console.status(f"loading {source.name}"):
                 policy = LanguageModel(load.load_causal_lm(source), compute=compute).to(device)
+            notice = settle_layout(policy)
+            if notice:
+                console.print(f"[yellow]{notice}[/yellow]", soft_wrap=True)
             ends = tokenizer.turn_ends | frozenset(load.eos_ids(policy.hf))
-            engine = Engine(policy, ends, lambda ids: tokenizer.decode(ids), int(cache_gb * 1e9))
-            tokens, start = 0, time.monotonic()
+            engine = Engine(policy, ends, tokenizer.decode, int(cache_gb * 1e9))
             with meter(console, "responses", total, done) as shown:
-                give_up: Callable[[], bool] = lambda: asked_to_stop.requested is not None
-                for one in engine.generate(encoded, n, sampling, seed, numbers=missing, give_up=give_up):
-                    journal.add(_line(examples[one.prompt], one, tokenizer))
-                    tokens, done = tokens + len(one.ids), done + 1
-                    shown.at(done, f"{tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s")
-        if done < total:
-            console.print(f"stopped: {done} of {total} responses are kept; the same command goes on", soft_wrap=True)
-            return asked_to_stop.exit_code
+                give_up = lambda: stop.requested is not None
+                if not draw(engine, tokenizer, examples, n, sampling, seed, journal, on_done=shown.at, give_up=give_up):
+                    kept = total - sum(map(len, lacking(examples, n, journal)))
+                    console.print(f"stopped: {kept} of {total} responses are kept; the same command goes on", soft_wrap=True)
+                    return stop.exit_code
         formats.write(records(examples, journal, n, model), output)
         journal.path.unlink()
     console.print(f"[bold]{output}[/bold]", soft_wrap=True)
     return 0
-
-
-def _line(example: Example, one: Any, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """One sample as it stands in the journal."""
-    text = tokenizer.decode(one.ids).strip() if one.text_end is None else tokenizer.decode(one.ids)[: one.text_end].strip()
-    sums = {"logp": float(one.logp.sum()), "drawn_logp": float(one.drawn_logp.sum())}
-    return {"prompt": example.id, "number": one.number, "text": text, "finish": one.finish, "tokens": len(one.ids), **sums}
-
-
-def records(examples: Sequence[Example], journal: Journal, n: int, model: str) -> list[Example]:
-    """The prompts as records with their responses, by number; a response's `meta` says how it ended and its log-probabilities."""
-    from dataclasses import replace
-
-    from preftune.records import Response
-
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for one in journal.samples():
-        found.setdefault(one["prompt"], {})[one["number"]] = one
-    out = []
-    for example in examples:
-        mine = [found[example.id][number] for number in range(n)]
-        told = lambda one: {name: one[name] for name in ("finish", "tokens", "logp", "drawn_logp")}
-        responses = tuple(Response(one["text"], finished=one["finish"] == "stop", meta=told(one)) for one in mine)
-        out.append(replace(example, responses=responses, source=example.source or model))
-    return out

@@ -1,4 +1,4 @@
-"""Responses of a model to prompts, for evaluation and chat, by transformers' own generation."""
+"""Responses of a model to prompts, for evaluation: one to each, by the local engine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from preftune.models.policy import LanguageModel
 from preftune.packing.chat import ChatTokenizer, Tree
 from preftune.records import Message
+from preftune.rollout.engine import Engine
+from preftune.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Generated:
         return Tree(name, "", prompt, (response,), (self.finished,), np.zeros(1), np.zeros((1, 1)))
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     tokenizer: ChatTokenizer,
@@ -37,48 +37,14 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 16,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Generated]:
     """One response to each prompt: greedy at temperature 0, else sampled from the whole distribution at that temperature."""
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     found: dict[int, Generated] = {}
-    packed = model.backbone.packed
-    model.eval()
-    model.backbone.use_packed(False)
-    torch.manual_seed(seed)
-    choice = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {"do_sample": False}
-    try:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            longest = max(len(encoded[i]) for i in part)
-            ids = torch.full((len(part), longest), tokenizer.turn_end)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(part):
-                ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-                mask[row, longest - len(encoded[i]) :] = 1
-            device = model.backbone.device
-            with model.backbone.precision():
-                out = model.hf.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=sorted(tokenizer.turn_ends),
-                    pad_token_id=tokenizer.turn_end,
-                    repetition_penalty=1.0,
-                    **choice,
-                )
-            for row, i in enumerate(part):
-                found[i] = _cut(tokenizer, encoded[i], out[row, longest:].tolist())
-            on_done(len(found))
-    finally:
-        model.backbone.use_packed(packed)
+    for one in Engine(model, tokenizer.turn_ends).generate(encoded, 1, sampling, seed):
+        text = tokenizer.decode(one.ids).strip()
+        found[one.prompt] = Generated(tuple(encoded[one.prompt]), one.ids, text, one.finish == "stop")
+        on_done(len(found))
     return [found[i] for i in range(len(prompts))]
-
-
-def _cut(tokenizer: ChatTokenizer, prompt: list[int], ids: list[int]) -> Generated:
-    """Everything up to and including the first end-of-turn token."""
-    end = next((i for i, token in enumerate(ids) if token in tokenizer.turn_ends), None)
-    kept = ids if end is None else ids[: end + 1]
-    return Generated(tuple(prompt), tuple(kept), tokenizer.decode(kept).strip(), end is not None)

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from preftune import formats
 from preftune.errors import UserError
-from preftune.evaluation.measure import Values, response_values
 from preftune.evaluation.preferences import Figure, policy_figures, reward_figures
 from preftune.methods import KEEP_REASONS
 from preftune.models import load
 from preftune.models.policy import LanguageModel, RewardModel, settle_layout
+from preftune.models.values import Values, response_values
 from preftune.packing.chat import REASONS, ChatTokenizer, Tree
 from preftune.training.progress import meter
 from preftune.training.setup import compute_dtype

@@ -1,34 +1,16 @@
-"""What a model says of held-out records: log-probabilities, rewards, margins of pairs, perplexity and KL to a reference."""
+"""What models say of held-out records: log-probabilities of tokens, margins of pairs, and KL to a reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from preftune.models.policy import LanguageModel, RewardModel
+from preftune.models.policy import LanguageModel
+from preftune.models.values import Values
 from preftune.packing.batch import collate, microbatches
 from preftune.packing.chat import Tree
-
-Values = list[np.ndarray]
-"""One [N] array a tree."""
-
-
-@torch.no_grad()
-def response_values(
-    model: LanguageModel | RewardModel, trees: Sequence[Tree], budget: int = 4096, on_done: Callable[[int], None] = lambda done: None
-) -> Values:
-    """Scores of the responses under a reward model, or their summed log-probabilities under a language model: an [N] array a tree."""
-    model.eval()
-    found: dict[int, np.ndarray] = {}
-    for part in microbatches(trees, budget):
-        batch = collate([trees[i] for i in part]).to(model.backbone.device)
-        grid = (model.score(batch) if isinstance(model, RewardModel) else batch.per_response(model(batch))).float().cpu().numpy()
-        for row, index in enumerate(part):
-            found[index] = grid[row, : len(trees[index].responses)].astype(np.float64)
-        on_done(len(found))
-    return [found[i] for i in range(len(trees))]
 
 
 def pair_margins(values: Values, trees: Sequence[Tree]) -> tuple[np.ndarray, list[int]]:

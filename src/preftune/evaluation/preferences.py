@@ -14,7 +14,6 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import rankdata
 
-from preftune.evaluation.measure import Values
 from preftune.evaluation.statistics import (
     Estimate,
     accuracy_ci,
@@ -24,6 +23,7 @@ from preftune.evaluation.statistics import (
     correctness,
     expected_calibration_error,
 )
+from preftune.models.values import Values
 from preftune.packing.chat import Tree
 
 Floats = NDArray[np.float64]

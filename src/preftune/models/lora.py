@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from preftune.errors import UserError
@@ -39,9 +41,19 @@ class Adapter:
         with self.peft.disable_adapter():
             yield
 
-    def save(self, path: Path) -> None:
-        """Write the adapter alone, for peft."""
+    def save(self, path: Path, *, head: nn.Linear | None = None) -> None:
+        """Write the adapter alone, for peft; with the `head` that was trained beside it, as the adapter of a sequence classifier."""
         self.peft.save_pretrained(str(path), save_embedding_layers=False)  # never trained, and to ask would mean asking the Hub
+        if head is None:
+            return
+        name = (
+            "score" if hasattr(self.peft.base_model.model, "prepare_inputs_for_generation") else score_head(self.peft.base_model.model)[0]
+        )
+        weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+        tensors = {f"base_model.model.{name}.{key}": value.detach().cpu() for key, value in head.named_parameters()}
+        save_file({**load_file(weights), **tensors}, weights, metadata={"format": "pt"})
+        told = {**json.loads(config.read_text()), "task_type": "SEQ_CLS", "modules_to_save": [name]}
+        config.write_text(json.dumps(told, indent=2))
 
     def merge(self) -> Any:
         """Fold the adapter into the weights and return the plain model; the adapter is gone afterwards."""

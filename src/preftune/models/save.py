@@ -42,7 +42,7 @@ def save_model(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, pat
 
 def _write(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, path: Path, adapter: Adapter | None) -> None:
     if adapter is not None:
-        adapter.save(path / "adapter")
+        adapter.save(path / "adapter", head=model.head if isinstance(model, RewardModel) else None)
         model.backbone.hf = adapter.merge()
     if isinstance(model, RewardModel):
         _save_classifier(model, tokenizer, path)

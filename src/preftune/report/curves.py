@@ -13,7 +13,8 @@ from preftune.report.words import title_of
 Row = Mapping[str, Any]
 
 HELD_OUT = {"train": "training", "eval": "held out"}
-NOT_METRICS = {"step", "kind", "nonfinite"}
+NOT_METRICS = {"step", "kind", "nonfinite", "score", "score_low", "score_high"}
+"""Keys of a row that no curve shows; the score of a round is shown with its interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class Figure:
 
 
 KNOWN = (
+    Curve(
+        ("score_sampled", "score_selected"), "Scores of a round's responses", "All that were drawn, and those that were learned.", main=True
+    ),
     Curve(("loss",), "Loss", "What training lowers. Held-out loss that turns upwards is memorising.", main=True),
     Curve(("perplexity",), "Perplexity", "How surprised the model is by the responses it should give: lower is better.", main=True),
     Curve(("accuracy",), "Accuracy", "Share of pairs put in the order people put them; 0.5 is guessing.", main=True),
@@ -60,7 +64,7 @@ KNOWN = (
 
 def figures(rows: Sequence[Row], run: str) -> list[Figure]:
     """The charts of a run's metric rows; `run` names it for those who hear the chart rather than see it."""
-    return [
+    return _rounds(rows, run) + [
         Figure(curve.title, curve.explain, _drawn(curve, lines, run), curve.main)
         for curve in (*KNOWN, *_unknown(rows))
         if (lines := list(_series(curve, rows)))
@@ -71,6 +75,18 @@ def numeric(rows: Sequence[Row], metric: str, kind: str = "train") -> list[tuple
     """(step, value) of every row of `kind` that has the metric; null where it was not finite."""
     found = [(row["step"], row[metric]) for row in rows if row["kind"] == kind and metric in row and _is_number(row[metric])]
     return found if any(value is not None for _, value in found) else []
+
+
+def _rounds(rows: Sequence[Row], run: str) -> list[Figure]:
+    """Held-out scores of a run in rounds, with their intervals."""
+    found = [row for row in rows if row["kind"] == "eval" and "score_low" in row]
+    if not found:
+        return []
+    column = lambda name: [row[name] for row in found]
+    line = Series("held out", column("step"), column("score"), column("score_low"), column("score_high"))
+    explain = "What the judge gives the responses to held-out prompts, with its 95% interval over prompts; 0 is the starting model."
+    drawn = line_chart([line], title=f"Held-out score of {run}", x_label="round", y_label="score")
+    return [Figure("Held-out score", explain, drawn, True)]
 
 
 def _unknown(rows: Sequence[Row]) -> list[Curve]:

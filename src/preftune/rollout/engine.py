@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from preftune.errors import UserError
 from preftune.models.logprobs import logits
-from preftune.models.policy import LanguageModel, language_head
+from preftune.models.policy import LanguageModel, cast_linears, language_head
 from preftune.rollout.cache import Cache, Decode, Prefill
 from preftune.rollout.padded import generate as padded
 from preftune.rollout.samples import Row, Sample
@@ -68,7 +68,7 @@ class Engine:
             yield from padded(self, prompts, asked, waiting, sampling, seed, give_up)
             return
         self.model.eval()
-        with cast_linears(self.model.hf, self.model.backbone.compute), self.model.backbone.precision():
+        with cast_for_a_while(self.model.hf, self.model.backbone.compute), self.model.backbone.precision():
             yield from _Run(self, prompts, asked, waiting, sampling, seed).samples(give_up)
 
     @property
@@ -251,16 +251,10 @@ class _Run:
 
 
 @contextlib.contextmanager
-def cast_linears(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Linear layers' weights in `dtype` for a while, so that thousands of small steps need not cast them: the numbers stay the same."""
-    before: list[tuple[nn.Linear, Tensor]] = []
+def cast_for_a_while(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Linear layers' weights in `dtype`, so that thousands of small steps need not cast them; afterwards they are as they were."""
+    before = cast_linears(model, dtype)
     try:
-        if dtype != torch.float32:
-            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-            for module in model.modules():
-                if isinstance(module, nn.Linear) and module is not head and module.weight.dtype != dtype:
-                    before.append((module, module.weight))
-                    module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
         yield
     finally:
         for module, weight in before:

@@ -74,9 +74,9 @@ class Journal:
         try:
             found = json.loads(line)
         except ValueError:
-            raise UserError("this is no file of samples under way", where=str(self.path), fix="Give another --output.") from None
+            raise UserError("this is no file of work under way", where=str(self.path), fix="Give another --output.") from None
         changed = [name for name in self.header.keys() | found.keys() if self.header.get(name) != found.get(name)]
         if changed:
             told = "; ".join(f"{name} was {found.get(name)!r} and is now {self.header.get(name)!r}" for name in sorted(changed))
             fix = f"Use the same settings, give another --output, or remove {self.path.name}."
-            raise UserError(f"samples under way were drawn in another way: {told}", where=str(self.path), fix=fix)
+            raise UserError(f"what is under way was made in another way: {told}", where=str(self.path), fix=fix)

@@ -28,6 +28,15 @@ class Selected:
     """Scores of the responses that stayed, once for each time they stand in a record."""
     prompts_without: int
 
+    def among(self, later: Selected) -> Selected:
+        """This selection and a later one from its records, as one."""
+        return Selected(later.examples, self.before, later.after, self.prompts_without + later.prompts_without)
+
+
+def finished(examples: Sequence[Example]) -> list[Example]:
+    """The records with only the responses that came to their end."""
+    return [replace(e, responses=tuple(r for r in e.responses if r.finished), comparisons=()) for e in examples]
+
 
 def scores_of(example: Example, by: str | None) -> np.ndarray:
     """[N] scores of the responses, of attribute `by` where scores are mappings. Raises UserError where one is missing or not finite."""

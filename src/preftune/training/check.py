@@ -135,7 +135,7 @@ def _first_loss(setup: Setup, trees: Sequence[Tree]) -> Line:
     if expected is None or setup.config.reference is not None:
         return Line("first loss", True, f"{found:.4f}, finite")
     cached = trees[0].reference is not None and setup.compute != torch.float32
-    good = abs(found - expected) < (1e-3 if cached else 1e-6)
+    good = abs(found - expected) < (1e-3 if cached else 1e-6) * max(1.0, abs(expected))
     return Line("first loss", good, f"{found:.7f}, theory says {expected:.7f}: policy and reference {'agree' if good else 'differ'}")
 
 

@@ -1,0 +1,1 @@
+"""Iterated methods: rounds of sampling, scoring, selecting and training."""

@@ -1,0 +1,131 @@
+"""What a run in rounds may be told: the settings of a training run, and how responses are drawn, scored and kept. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from preftune.configfile import Section, problem
+from preftune.rewards.config import JudgeConfig
+from preftune.training.config import DataConfig, Positive, RunConfig, Share
+
+
+class RolloutConfig(Section):
+    """How responses are drawn."""
+
+    known_as: ClassVar[dict[str, str]] = {
+        "n": "num_generations num_return_sequences n_samples_per_prompt k",
+        "max_new_tokens": "max_completion_length max_tokens generate_max_len",
+        "prompts": "rollout_batch_size",
+    }
+
+    n: Positive = Field(8, description="Responses to each prompt.")
+    prompts: Positive | None = Field(
+        None, description="Prompts of each round, the next in a shuffled order; null takes all in every round."
+    )
+    temperature: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        1.0, description="Temperature, or one for each round."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that hold this share.")
+    top_k: int = Field(0, ge=0, description="Draw from so many likeliest tokens; 0 is off.")
+    min_p: Share = Field(0.0, description="Never draw a token this many times less likely than the likeliest.")
+    repetition_penalty: float = Field(1.0, gt=0, description="Divide the logits of tokens that were there already; 1 is off.")
+    max_new_tokens: Positive = Field(256, description="Longest response, in tokens.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="Texts that end a response and are left out.")
+    cache_gb: float = Field(2.0, gt=0, description="Keys and values in memory at once: lower it when memory runs out.")
+    eval_n: Positive = Field(1, description="Responses to each held-out prompt, by which a round is judged.")
+    eval_temperature: float = Field(0.0, ge=0, description="Their temperature; 0 takes the likeliest token.")
+
+    def temperature_of(self, number: int) -> float:
+        """The temperature of round `number`, counted from 1."""
+        return self.temperature[number - 1] if isinstance(self.temperature, tuple) else self.temperature
+
+
+class BestKnobs(Section):
+    """What Best-of-N keeps."""
+
+    k: Positive = Field(1, description="how many of the best responses to each prompt are learned")
+    at_least: float | None = Field(None, description="a response that scores less is not learned; null is no bar")
+    only_finished: bool = Field(True, description="a response that was cut at max_new_tokens is not learned")
+    objective: dict[str, Any] = Field({}, description="knobs of the method that trains, by name")
+
+
+class RaftKnobs(BestKnobs):
+    """What RAFT keeps."""
+
+    ranking: Literal["local", "global"] = Field(
+        "local", description="the k best responses to each prompt (local), or the best share of a round's responses whatever their prompt"
+    )
+    share: float = Field(0.2, gt=0, le=1, description="for ranking global: the share of a round's responses that is learned")
+
+    @model_validator(mode="after")
+    def _used(self) -> RaftKnobs:
+        if self.ranking == "local" and self.share != type(self).model_fields["share"].default:
+            raise problem("`share` has no effect with `ranking: local`", "method.share")
+        if self.ranking == "global" and self.k != type(self).model_fields["k"].default:
+            raise problem("`k` has no effect with `ranking: global`", "method.k")
+        return self
+
+
+class RsoKnobs(Section):
+    """What statistical rejection sampling keeps, and how pairs are made of it."""
+
+    count: Positive = Field(8, description="responses to accept of each prompt")
+    beta: float = Field(0.5, ge=0, description="draws follow policy * exp(score / beta): 0 takes the highest scores, a large one any")
+    how: Literal["first_round", "tournament", "all", "best_worst"] = Field("first_round", description="which accepted ones meet")
+    loss: Literal["rso_hinge_norm", "rso_sigmoid_norm", "dpo", "ipo"] = Field("rso_hinge_norm", description="what learns the pairs")
+    only_finished: bool = Field(True, description="a response that was cut at max_new_tokens is no candidate")
+    objective: dict[str, Any] = Field({}, description="knobs of `loss`, by name")
+
+
+class RoundsConfig(RunConfig):
+    """Everything a run in rounds may be told."""
+
+    known_as: ClassVar[dict[str, str]] = RunConfig.known_as | {
+        "judge": "reward_model reward_funcs",
+        "rounds": "iterations num_rounds",
+    }
+
+    data: DataConfig = Field(description="Prompts: rows without a response, or any records, whose responses are left out.")
+    eval_data: DataConfig | None = Field(None, description="Prompts by which each round is judged, never trained on.")
+    eval_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share of the prompts of `data` to hold out for that when there is no `eval_data`."
+    )
+    judge: JudgeConfig = Field(description="What scores responses: a reward model, a rule, an endpoint, or several parts.")
+    rounds: Positive = Field(3, description="Rounds of sampling, scoring, selecting and training.")
+    pool: Literal["last", "all"] = Field(
+        "last",
+        description="Select from the responses of this round, or of all rounds so far, as Llama 2 does against forgetting.",
+    )
+    start: Literal["last", "first"] = Field(
+        "last", description="Train each round from the last round's model, or from the first model anew, as Llama 2 does."
+    )
+    keep_models: bool = Field(False, description="Keep every round's model; else only the newest is kept.")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="How responses are drawn.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_once(cls, value: Any) -> Any:
+        given = isinstance(value, dict) and value.get("eval_data") is not None and "eval_fraction" not in value
+        return {**value, "eval_fraction": 0.0} if given else value
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> RoundsConfig:
+        for name in ("eval_every", "early_stopping", "best_metric", "reference_sync"):
+            if getattr(self, name) is not None:
+                raise problem(f"`{name}` has no effect here: a run in rounds is judged after each round", name)
+        temperature = self.rollout.temperature
+        if isinstance(temperature, tuple) and len(temperature) != self.rounds:
+            raise problem(f"`temperature` has {len(temperature)} values for {self.rounds} rounds", "rollout.temperature")
+        return self
+
+
+def rounds_config(knobs: type[Section], defaults: Mapping[str, Any]) -> type[RoundsConfig]:
+    """The config of one iterated method, its knobs as the `method` section and `defaults` in place of the general ones."""
+    fields: dict[str, Any] = {"method": (knobs, Field(knobs(), description="The method's own knobs."))}
+    for name, value in defaults.items():
+        general = RoundsConfig.model_fields[name]
+        fields[name] = (general.rebuild_annotation(), Field(value, description=general.description))
+    return create_model("RoundsConfig", __base__=RoundsConfig, __module__=__name__, __doc__=RoundsConfig.__doc__, **fields)

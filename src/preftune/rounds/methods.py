@@ -1,0 +1,109 @@
+"""The table of iterated methods: what each keeps of a round's scored responses, and which row of the methods learns it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from preftune.configfile import Section
+from preftune.methods import find
+from preftune.records import Example
+from preftune.rounds.config import BestKnobs, RaftKnobs, RolloutConfig, RsoKnobs, rounds_config
+from preftune.selection.select import Selected, choose, finished, pairs, raft, rso, threshold, top
+from preftune.training.config import RunConfig, run_config
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """One row: `select` makes training records of scored ones, given the knobs and a seed."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    when: str
+    knobs: type[Section]
+    select: Callable[[Sequence[Example], Any, int], Selected]
+    trains: Callable[[Any], tuple[str, dict[str, Any]]]
+    """The method that learns what was selected, and its knobs."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    needs: str = "a prompt; a judge scores what the model answers"
+    also_known_as: tuple[str, ...] = ()
+
+
+def _best(examples: Sequence[Example], knobs: BestKnobs, seed: int) -> Selected:
+    usable = finished(examples) if knobs.only_finished else list(examples)
+    found = choose(usable, top(knobs.k))
+    return found if knobs.at_least is None else found.among(choose(found.examples, threshold(knobs.at_least)))
+
+
+def _raft(examples: Sequence[Example], knobs: RaftKnobs, seed: int) -> Selected:
+    if knobs.ranking == "local":
+        return _best(examples, knobs, seed)
+    usable = finished(examples) if knobs.only_finished else list(examples)
+    found = raft(usable, knobs.share)
+    return found if knobs.at_least is None else found.among(choose(found.examples, threshold(knobs.at_least)))
+
+
+def _rso(examples: Sequence[Example], knobs: RsoKnobs, seed: int) -> Selected:
+    usable = finished(examples) if knobs.only_finished else list(examples)
+    accepted = choose(usable, rso(knobs.count, knobs.beta, seed))
+    return accepted.among(pairs(accepted.examples, knobs.how, seed))
+
+
+def _supervised(knobs: BestKnobs) -> tuple[str, dict[str, Any]]:
+    return "sft", {"responses": "all", **knobs.objective}
+
+
+ROWS = (
+    Iterated(
+        "bon",
+        "Best-of-N, distilled",
+        "2009.01325",
+        "draws N responses to each prompt, and learns the best by supervised fine-tuning",
+        "Use it to put Best-of-N's gain into the weights. With several rounds, `pool: all` and `start: first` it is Llama 2's rejection "
+        "sampling (2307.09288). A judge that selects is over-optimised like one that trains.",
+        BestKnobs,
+        _best,
+        _supervised,
+        {"rounds": 1, "pool": "all", "start": "first", "lr": 2e-5},
+        also_known_as=("best_of_n", "rejection_sampling", "rejection"),
+    ),
+    Iterated(
+        "raft",
+        "RAFT",
+        "2304.06767",
+        "rounds of drawing K responses to each prompt and learning the best ones, each round from the last round's model",
+        "Use it where a judge is at hand and RL's machinery is too much: stable, and nothing to tune but the rounds. It cannot learn what "
+        "the model never draws.",
+        RaftKnobs,
+        _raft,
+        _supervised,
+        {"lr": 2e-5},
+        also_known_as=("reward_ranked_finetuning",),
+    ),
+    Iterated(
+        "rso",
+        "RSO",
+        "2309.06657",
+        "draws candidates, accepts some by statistical rejection sampling, and learns pairs of them",
+        "Use it for preference learning on pairs that come close to the best policy's own distribution, instead of pairs from elsewhere.",
+        RsoKnobs,
+        _rso,
+        lambda knobs: (knobs.loss, knobs.objective),
+        {"rounds": 1, "start": "first", "lr": 1e-6, "rollout": RolloutConfig(n=64, temperature=0.7, top_k=40)},
+        also_known_as=("statistical_rejection_sampling", "statistical_rejection"),
+    ),
+)
+
+ITERATED: dict[str, Iterated] = {row.name: row for row in ROWS}
+
+
+def config_kind(name: str) -> type[RunConfig]:
+    """The config of a method of either table. Raises UserError for an unknown name, with the nearest one."""
+    if name in ITERATED:
+        row = ITERATED[name]
+        return rounds_config(row.knobs, {**row.defaults, "use": name})
+    method = find(name, ROWS)
+    return run_config(method.knobs, {**method.defaults, "use": name}, compares=method.compares)

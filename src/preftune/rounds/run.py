@@ -1,0 +1,471 @@
+"""A run in rounds: sample, score, select, train, again; every phase leaves a file, so that it goes on from wherever it was stopped.
+
+`rounds/R/` holds round R: its samples, their scores, what was selected, and the training run; `evaluation/R/` what the model after R rounds
+(0: the starting model) answers to the held-out prompts. A phase whose file is there is not done again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from preftune import formats
+from preftune.configfile import load as load_config
+from preftune.errors import UserError
+from preftune.evaluation.statistics import clustered_mean_ci
+from preftune.methods import METHODS
+from preftune.models import load
+from preftune.models.policy import LanguageModel, settle_layout
+from preftune.packing.chat import ChatTokenizer
+from preftune.records import Example, Response
+from preftune.rewards.judge import Opened, ask, header, open_judge, score
+from preftune.rollout.draw import draw, lacking, records
+from preftune.rollout.engine import Engine
+from preftune.rollout.journal import Journal
+from preftune.rollout.sampling import Sampling
+from preftune.rounds.config import RoundsConfig
+from preftune.rounds.methods import ITERATED, Iterated
+from preftune.selection.best_of_n import best_of_n_kl_bound, best_of_n_value
+from preftune.training.check import Line, show
+from preftune.training.config import DataConfig, RunConfig, run_config
+from preftune.training.durable import replace_file
+from preftune.training.failpoints import failpoint
+from preftune.training.manifest import RunManifest, Session
+from preftune.training.progress import meter
+from preftune.training.run import MAY_CHANGE, peak_memory
+from preftune.training.run import train as train_once
+from preftune.training.rundir import FINAL, RunDirectory
+from preftune.training.setup import compute_dtype
+from preftune.training.signals import GracefulStop, Stopped
+
+FACTS = "facts.json"
+"""What a finished round or evaluation says of itself."""
+
+
+class _Interrupted(Exception):
+    """A phase was given up on a signal; its exit code is the argument."""
+
+
+@dataclass
+class Rounds:
+    """A run in rounds under way."""
+
+    row: Iterated
+    config: RoundsConfig
+    directory: RunDirectory
+    console: Console
+    prompts: list[Example]
+    held_out: list[Example]
+    judge: Opened
+    device: torch.device
+    compute: torch.dtype
+    _policy: tuple[str, LanguageModel, ChatTokenizer] | None = field(default=None, repr=False)
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    def folder(self, kind: str, number: int) -> Path:
+        """The folder of round `number`, or of the evaluation after it."""
+        return self.path / kind / str(number)
+
+    def model(self, number: int) -> str:
+        """The model after `number` rounds."""
+        if number == 0:
+            return self.config.model
+        own = self.folder("rounds", number) / "train" / FINAL
+        return str(own if own.is_dir() else self.directory.final)
+
+    # --- phases -----------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, number: int) -> dict[str, Any]:
+        """The judge's scores of what the model after `number` rounds answers to the held-out prompts."""
+        folder, rollout = self.folder("evaluation", number), self.config.rollout
+        if (folder / FACTS).exists():
+            return _read(folder / FACTS)
+        start = time.monotonic()
+        sampling = replace(self.sampling(number), temperature=rollout.eval_temperature)
+        sampled = self.sample(folder / "samples.jsonl", number, self.held_out, rollout.eval_n, sampling, self.config.seed)
+        scored = self.score(folder / "scored.jsonl", sampled)
+        facts = _evaluated(scored) | {"seconds": round(time.monotonic() - start, 3), "peak_memory": peak_memory()}
+        _write(folder / FACTS, facts)
+        return facts
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Round `number`, counted from 1: from the model before it to the model after it."""
+        folder = self.folder("rounds", number)
+        if (folder / FACTS).exists():
+            return _read(folder / FACTS)
+        start = time.monotonic()
+        said = f"Round {number} of {self.config.rounds}"
+        self.console.print(f"{said}: {self.config.rollout.n} responses to each of {len(self.prompts_of(number))} prompts.", soft_wrap=True)
+        seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0])
+        sampled = self.sample(
+            folder / "samples.jsonl", number - 1, self.prompts_of(number), self.config.rollout.n, self.sampling(number), seed
+        )
+        scored = self.score(folder / "scored.jsonl", sampled)
+        facts = self.select(folder / "selected.jsonl", scored, number)
+        self.console.print(f"{said}: {_sentence(facts)}", soft_wrap=True)
+        facts |= self.train(folder, number)
+        facts |= {"seconds": round(time.monotonic() - start, 3), "peak_memory": peak_memory()}
+        failpoint("round.trained")
+        _write(folder / FACTS, facts)
+        failpoint("round.written")
+        shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)
+        if not self.config.keep_models:
+            for old in range(1, number):
+                shutil.rmtree(self.folder("rounds", old) / "train" / FINAL, ignore_errors=True)
+        return facts
+
+    def sample(self, output: Path, model: int, examples: Sequence[Example], n: int, sampling: Sampling, seed: int) -> list[Example]:
+        """Responses of the model after `model` rounds, as records."""
+        if output.exists():
+            return list(formats.read(output).examples)
+        source = load.locate(self.model(model))
+        facts = {"samples": 1, "model": load.fingerprint(source), "seed": seed, "precision": str(self.compute), **vars(sampling)}
+        with GracefulStop() as stop, Journal(output.with_name(f"{output.name}.partial"), json.loads(json.dumps(facts))) as journal:
+            total = n * len(examples)
+            done = total - sum(map(len, lacking(examples, n, journal)))
+            if done < total:
+                policy, tokenizer = self.policy(self.model(model))
+                engine = Engine(policy, tokenizer.turn_ends, tokenizer.decode, int(self.config.rollout.cache_gb * 1e9))
+                with meter(self.console, f"responses of {source.name}", total, done) as shown:
+                    whole = draw(
+                        engine, tokenizer, examples, n, sampling, seed, journal,
+                        on_done=shown.at, give_up=lambda: stop.requested is not None,
+                    )  # fmt: skip
+                if not whole:
+                    raise _Interrupted(stop.exit_code)
+            found = records(examples, journal, n, source.name)
+            formats.write(found, output)
+            journal.path.unlink()
+        failpoint("round.sampled")
+        return found
+
+    def score(self, output: Path, examples: Sequence[Example]) -> list[Example]:
+        """The judge's scores of the records."""
+        if output.exists():
+            return list(formats.read(output).examples)
+        with GracefulStop() as stop, Journal(output.with_name(f"{output.name}.partial"), header(examples, self.judge)) as journal:
+            with meter(self.console, "records scored", len(examples), len(journal.done)) as shown:
+                found = score(examples, self.judge.judge, journal, on_done=shown.at, give_up=lambda: stop.requested is not None)
+            if found is None:
+                raise _Interrupted(stop.exit_code)
+        formats.write(found, output)
+        journal.path.unlink()
+        failpoint("round.scored")
+        return found
+
+    def select(self, output: Path, scored: Sequence[Example], number: int) -> dict[str, Any]:
+        """Write what is learned of the round's responses, or of all rounds', and say what that did to the scores."""
+        pool = list(scored)
+        if self.config.pool == "all":
+            pool = merged([*(e for r in range(1, number) for e in _records(self.folder("rounds", r) / "scored.jsonl")), *scored])
+        found = self.row.select(pool, self.config.method, self.config.seed + number)
+        if not found.examples:
+            raise UserError(
+                f"round {number} leaves nothing to learn: none of {len(found.before)} responses is kept",
+                where=str(output.with_name("scored.jsonl")),
+                fix="Draw more responses, lower method.at_least, or start from a model that can do some of the task.",
+            )
+        if not output.exists():
+            formats.write(found.examples, output)
+        failpoint("round.selected")
+        best = [[float(r.score) for r in e.responses] for e in scored]  # type: ignore[arg-type]
+        return {
+            "responses": len(found.before),
+            "selected": len(found.after),
+            "records": len(found.examples),
+            "prompts_without": found.prompts_without,
+            "score_sampled": float(np.concatenate([np.asarray(one) for one in best]).mean()),
+            "score_selected": float(found.after.mean()),
+            "best_of_n": best_of_n_curve(best),
+        }
+
+    def train(self, folder: Path, number: int) -> dict[str, Any]:
+        """Train on the selected records, by an ordinary run in the round's folder."""
+        self._policy = None
+        gc.collect()
+        base = self.model(number - 1) if self.config.start == "last" else self.config.model
+        name, config = training_config(self.row, self.config, base, folder / "selected.jsonl", folder / "train")
+        code = train_once(name, config, self.console)
+        if code:
+            raise _Interrupted(code)
+        rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in rows if row["kind"] == "train"]
+        return {"steps": len(steps), "loss": steps[-1]["loss"], "tokens": sum(row["tokens"] for row in steps)}
+
+    # --- what the phases need ---------------------------------------------------------------------------------------------------
+
+    def policy(self, model: str) -> tuple[LanguageModel, ChatTokenizer]:
+        """The model to sample from, loaded once for as long as it is the same."""
+        if self._policy is None or self._policy[0] != model:
+            self._policy = None
+            gc.collect()
+            source = load.locate(model)
+            with self.console.status(f"loading {source.name}"):
+                policy = LanguageModel(load.load_causal_lm(source), compute=self.compute).to(self.device)
+            notice = settle_layout(policy)
+            if notice:
+                self.console.print(f"[yellow]{notice}[/yellow]", soft_wrap=True)
+            tokenizer = load.load_tokenizer(source, template=_template(self.config))
+            tokenizer.turn_ends |= frozenset(load.eos_ids(policy.hf))
+            self._policy = model, policy, tokenizer
+        return self._policy[1], self._policy[2]
+
+    def prompts_of(self, number: int) -> list[Example]:
+        """The prompts of round `number`: all, or the next so many of passes in shuffled orders."""
+        count = self.config.rollout.prompts
+        if count is None or count >= len(self.prompts):
+            return self.prompts
+        order: list[int] = []
+        while len(order) < number * count:
+            order += np.random.default_rng([self.config.seed, len(order)]).permutation(len(self.prompts)).tolist()
+        chosen = dict.fromkeys(order[(number - 1) * count : number * count])
+        return [self.prompts[i] for i in chosen]
+
+    def sampling(self, number: int) -> Sampling:
+        """How round `number` draws."""
+        r = self.config.rollout
+        temperature = r.temperature_of(max(1, min(number, self.config.rounds)))
+        return Sampling(r.max_new_tokens, temperature, r.top_p, r.top_k, r.min_p, r.repetition_penalty, r.stop)
+
+    def log(self, step: int, kind: Any, facts: dict[str, Any]) -> None:
+        """One row of the metrics: a round is a step."""
+        self.directory.metrics.append(step, kind, {key: value for key, value in facts.items() if isinstance(value, int | float)})
+
+    def all(self) -> dict[str, Any]:
+        """Every round, with an evaluation before the first and after each; returns what changed from first to last."""
+        self.directory.metrics.truncate(-1)  # its rows are those of the facts, written again
+        evaluated = []
+        for number in range(self.config.rounds + 1):
+            if number:
+                facts = self.round(number)
+                self.log(number, "train", {key: value for key, value in facts.items() if key != "best_of_n"})
+            if self.held_out:
+                facts = self.evaluate(number)
+                evaluated.append(facts)
+                self.log(number, "eval", {key: value for key, value in facts.items() if key != "scores"})
+                self.console.print(f"Held out, after {number} rounds: {_score_words(facts)}", soft_wrap=True)
+        return change(evaluated[0]["scores"], evaluated[-1]["scores"]) if evaluated else {}
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Mean change of the held-out prompts' scores, with its 95% interval over prompts: each is compared with itself."""
+    found = clustered_mean_ci(np.asarray(after) - np.asarray(before))
+    return {"change": found.value, "low": found.low, "high": found.high, "prompts": len(before)}
+
+
+def best_of_n_curve(scores: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """Mean score of the best of 1, 2, 4, ... N, estimated without bias from N samples of each prompt, and the bound of its KL in nats."""
+    count = min(map(len, scores))
+    sizes = [2**k for k in range(count.bit_length()) if 2**k < count] + [count]
+    mean = lambda n: float(np.mean([best_of_n_value(one, one, n) for one in scores]))
+    return [{"n": n, "score": mean(n), "kl_bound": best_of_n_kl_bound(n)} for n in sizes]
+
+
+def merged(examples: Sequence[Example]) -> list[Example]:
+    """Records of one prompt as one record with all their responses, in order."""
+    found: dict[str, Example] = {}
+    for example in examples:
+        key = formats.prompt_key(example)
+        earlier = found.get(key)
+        found[key] = example if earlier is None else replace(earlier, responses=(*earlier.responses, *example.responses))
+    return list(found.values())
+
+
+def training_config(row: Iterated, config: RoundsConfig, model: str, data: Path, output: Path) -> tuple[str, RunConfig]:
+    """The method that trains a round, and its config: the run's own settings with the round's model, data and folder."""
+    name, knobs = row.trains(config.method)
+    method = METHODS[name]
+    shared = config.model_dump(mode="json", include=set(RunConfig.model_fields))
+    own = {"use": name, "model": model, "data": {"path": [str(data)]}, "output": str(output), "method": knobs, "resume": "auto"}
+    own |= {"eval_data": None, "eval_fraction": 0.0, "seed": config.seed}
+    return name, load_config(run_config(method.knobs, method.defaults, compares=method.compares), None, base={**shared, **own})
+
+
+def train(name: str, config: RoundsConfig, console: Console) -> int:
+    """`preftune train` of an iterated method: to the end, or to a signal. Returns the exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("an iterated method runs in one process", fix="Start it without torchrun.")
+    row = ITERATED[name]
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with ExitStack() as stack:
+        directory = stack.enter_context(RunDirectory(Path(config.output)))
+        try:
+            run, manifest = prepare(row, config, directory, console)
+            if run is None:
+                console.print(f"This run is finished: its model is in {config.output}/{FINAL}.")
+                return 0
+            found = run.all()
+        except Stopped:
+            console.print("Stopped before the first round; the same command goes on from here.")
+            return 130
+        except _Interrupted as stopped:
+            directory.write_manifest(manifest.ended("interrupted"))
+            console.print("Stopped; the same command goes on from here.")
+            return int(stopped.args[0])
+        last = run.folder("rounds", config.rounds) / "train" / FINAL
+        if last.is_dir():
+            shutil.rmtree(directory.final, ignore_errors=True)
+            shutil.copytree(last, directory.final) if config.keep_models else last.replace(directory.final)
+        if found:
+            _write(run.path / "change.json", found)
+            words = f"{found['change']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+            console.print(f"Held-out score from start to end: {words}, {found['prompts']} prompts, 95% interval.", soft_wrap=True)
+        console.print(f"Done: {config.output}/{FINAL} is a plain Hugging Face model.", soft_wrap=True)
+        directory.write_manifest(manifest.ended("finished"))
+    return 0
+
+
+@dataclass
+class Ready:
+    """What was read and tried before any long work."""
+
+    source: load.Source
+    prompts: list[Example]
+    held_out: list[Example]
+    hashes: dict[str, str]
+    judge: Opened
+    device: torch.device
+    compute: torch.dtype
+
+
+def ready(row: Iterated, config: RoundsConfig) -> Ready:
+    """Read the prompts, open the judge and ask it once. Raises UserError for whatever the user can mend."""
+    prompts, held_out, hashes = read_prompts(config)
+    source = load.locate(config.model)
+    if config.reference:
+        load.locate(config.reference)
+    training_config(row, config, config.model, Path("selected.jsonl"), Path(config.output))
+    tokenizer = load.load_tokenizer(source, template=_template(config))
+    for example in (*prompts, *held_out):
+        if len(tokenizer.encode_prompt(example.prompt)) >= config.max_length:
+            what = f"the prompt alone fills max_length ({config.max_length})"
+            raise UserError(what, where=example.where, fix="Raise it, or leave the prompt out.")
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    compute = compute_dtype(config.precision, device)
+    sizes = {"max_length": config.max_length, "tokens_per_microbatch": config.tokens_per_microbatch}
+    judge = open_judge(config.judge, compute=compute, device=device, **sizes)
+    ask(judge.judge, [replace(prompts[0], responses=(Response("I do not know."),))])
+    return Ready(source, prompts, held_out, hashes, judge, device, compute)
+
+
+def check(name: str, config: RoundsConfig, console: Console) -> bool:
+    """`preftune check` of an iterated method: what `train` looks at before its first round, and that the model takes a packed row."""
+    row = ITERATED[name]
+    found = ready(row, config)
+    show(Line("prompts", True, f"{len(found.prompts)} to train on, {len(found.held_out)} held out"), console)
+    show(Line("judge", True, "gives one finite score for a response to the first prompt"), console)
+    policy = LanguageModel(load.load_causal_lm(found.source), compute=found.compute).to(found.device)
+    notice = settle_layout(policy)
+    show(Line("packed = padded", notice is None, notice or "hidden states of both layouts agree"), console)
+    return notice is None
+
+
+def prepare(row: Iterated, config: RoundsConfig, directory: RunDirectory, console: Console) -> tuple[Rounds | None, RunManifest]:
+    """Everything before the first round; no run where it is finished already."""
+    found = ready(row, config)
+    for notice in found.judge.notices:
+        console.print(f"[yellow]{notice}[/yellow]", soft_wrap=True)
+    facts = json.dumps(found.judge.facts, sort_keys=True, default=str)
+    current = RunManifest.begin(
+        row.name,
+        config.model_dump(mode="json"),
+        data=found.hashes | {"judge": hashlib.sha256(facts.encode()).hexdigest()},
+        session=Session.begin([sys.executable, *sys.argv], torch.get_num_threads()),
+        model_hash=load.fingerprint(found.source),
+    )
+    decision = directory.decide_resume(current, config.resume, may_change=MAY_CHANGE | {"rollout.cache_gb", "keep_models"})
+    previous = directory.manifest()
+    manifest = previous.resumed(current) if previous else current
+    if decision == "finished" and directory.final.is_dir():
+        return None, manifest
+    directory.write_manifest(manifest)
+    console.print(
+        f"{row.title} of {found.source.name}: {config.rounds} rounds on {len(found.prompts)} prompts, {len(found.held_out)} held out, "
+        f"{str(found.compute).removeprefix('torch.')} on {found.device.type}.",
+        soft_wrap=True,
+    )
+    return Rounds(row, config, directory, console, found.prompts, found.held_out, found.judge, found.device, found.compute), manifest
+
+
+def read_prompts(config: RoundsConfig) -> tuple[list[Example], list[Example], dict[str, str]]:
+    """Prompts to train on, those held out, and the hashes of their files."""
+
+    def read(data: DataConfig) -> tuple[list[Example], dict[str, str]]:
+        found = formats.read_prompts(list(data.path), format=data.format, on_error=data.on_error, limit=data.limit)
+        return list(found.examples), {", ".join(data.path): found.sha256}
+
+    prompts, hashes = read(config.data)
+    if config.eval_data is not None:
+        held, more = read(config.eval_data)
+        return prompts, held, hashes | more
+    if not config.eval_fraction:
+        return prompts, [], hashes
+    kept, out = formats.split_by_prompt(prompts, config.eval_fraction, config.seed)
+    return kept, out, hashes
+
+
+def _evaluated(scored: Sequence[Example]) -> dict[str, Any]:
+    """Figures of the held-out responses; `scores` has the mean of each prompt's responses."""
+    scores = [float(np.mean([r.score for r in e.responses])) for e in scored]  # type: ignore[misc]
+    responses = [r for e in scored for r in e.responses]
+    mean = clustered_mean_ci(scores)
+    return {
+        "score": mean.value,
+        "score_low": mean.low,
+        "score_high": mean.high,
+        "response_tokens": float(np.mean([r.meta["tokens"] for r in responses])),
+        "finished": float(np.mean([r.finished for r in responses])),
+        "scores": scores,
+    }
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    curve = ", ".join(f"{one['score']:.3f} of {one['n']}" for one in facts["best_of_n"])
+    without = f", {facts['prompts_without']} prompts are left with nothing" if facts["prompts_without"] else ""
+    return (
+        f"{facts['selected']} of {facts['responses']} responses stay ({facts['selected'] / facts['responses']:.0%}){without}; "
+        f"mean score {facts['score_sampled']:.3f} before, {facts['score_selected']:.3f} after; expected best {curve}"
+    )
+
+
+def _score_words(facts: dict[str, Any]) -> str:
+    return (
+        f"score {facts['score']:.3f} ({facts['score_low']:.3f} to {facts['score_high']:.3f}), {facts['response_tokens']:.0f} tokens a "
+        f"response, {facts['finished']:.0%} of them finished"
+    )
+
+
+def _template(config: RoundsConfig) -> str | None:
+    return Path(config.chat_template).read_text() if config.chat_template else None
+
+
+def _records(path: Path) -> Sequence[Example]:
+    return formats.read(path).examples
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(facts, indent=1).encode())
