@@ -19,7 +19,7 @@ from preftune.cli.preload import allocator, environment
 from preftune.configfile import load as load_config
 from preftune.methods import Method
 from preftune.models import load
-from preftune.models.policy import LanguageModel, cast_linears
+from preftune.models.policy import LanguageModel
 from preftune.models.save import save_model
 from preftune.packing.chat import ChatTokenizer, Tree
 from preftune.rounds.methods import config_kind
@@ -79,7 +79,6 @@ def our_learner(method: Method, model: Path, *, precision: str, budget: int, ste
     learner = Learner(method, config.method, trained, world, budget)
     if method.compares(config.method):
         frozen = LanguageModel(load.load_causal_lm(source), compute=compute).to(world.device).requires_grad_(False)
-        cast_linears(frozen.hf, compute)
         learner.reference = live_reference(frozen)
     return with_optimizer(learner, steps)
 

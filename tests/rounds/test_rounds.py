@@ -114,8 +114,10 @@ def same(output: Path, whole: Path) -> None:
     drop = (*runs.TIMINGS,)
     strip = lambda path: [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(path / "metrics.jsonl")]
     assert strip(output) == strip(whole)
-    for name in ("rounds/1/scored.jsonl", "rounds/2/selected.jsonl", "evaluation/2/scored.jsonl", "final/model.safetensors"):
-        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in ("rounds/1/scored.jsonl", "rounds/2/selected.jsonl", "evaluation/2/scored.jsonl"):
+        assert texts(output / name) == texts(whole / name), name
+    weights = "final/model.safetensors"
+    assert (output / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_prompts_of_a_round_are_the_next_ones_of_a_shuffled_order(place: Path, t
         (("method.objective={turn: all}",), "turns"),
         (("method.at_least=5",), "leaves nothing to learn"),
         (("rollout.num_generations=5",), "rollout.n"),
-        (("max_length=12",), "fills max_length"),
+        (("max_length=8",), "fills max_length"),
     ],
 )
 def test_mistakes_are_one_line(place: Path, tmp_path: Path, more: tuple[str, ...], says: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ class RoundsConfig(RunConfig):
     data: DataConfig = Field(description="Prompts: rows without a response, or any records, whose responses are left out.")
     eval_data: DataConfig | None = Field(None, description="Prompts by which each round is judged, never trained on.")
     eval_fraction: float = Field(
-        0.1, ge=0, lt=1, description="Share of the prompts of `data` to hold out for that when there is no `eval_data`."
+        0.0, ge=0, lt=1, description="Share of the prompts of `data` to hold out for that when there is no `eval_data`."
     )
     judge: JudgeConfig = Field(description="What scores responses: a reward model, a rule, an endpoint, or several parts.")
     rounds: Positive = Field(3, description="Rounds of sampling, scoring, selecting and training.")
@@ -104,12 +104,6 @@ class RoundsConfig(RunConfig):
     )
     keep_models: bool = Field(False, description="Keep every round's model; else only the newest is kept.")
     rollout: RolloutConfig = Field(RolloutConfig(), description="How responses are drawn.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _held_out_once(cls, value: Any) -> Any:
-        given = isinstance(value, dict) and value.get("eval_data") is not None and "eval_fraction" not in value
-        return {**value, "eval_fraction": 0.0} if given else value
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> RoundsConfig:

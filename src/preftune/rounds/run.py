@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,7 @@ class Rounds:
     judge: Opened
     device: torch.device
     compute: torch.dtype
+    stop: GracefulStop
     _policy: tuple[str, LanguageModel, ChatTokenizer] | None = field(default=None, repr=False)
 
     @property
@@ -137,7 +137,7 @@ class Rounds:
             return list(formats.read(output).examples)
         source = load.locate(self.model(model))
         facts = {"samples": 1, "model": load.fingerprint(source), "seed": seed, "precision": str(self.compute), **vars(sampling)}
-        with GracefulStop() as stop, Journal(output.with_name(f"{output.name}.partial"), json.loads(json.dumps(facts))) as journal:
+        with Journal(output.with_name(f"{output.name}.partial"), json.loads(json.dumps(facts))) as journal:
             total = n * len(examples)
             done = total - sum(map(len, lacking(examples, n, journal)))
             if done < total:
@@ -146,28 +146,30 @@ class Rounds:
                 with meter(self.console, f"responses of {source.name}", total, done) as shown:
                     whole = draw(
                         engine, tokenizer, examples, n, sampling, seed, journal,
-                        on_done=shown.at, give_up=lambda: stop.requested is not None,
+                        on_done=shown.at, give_up=self.asked_to_stop,
                     )  # fmt: skip
                 if not whole:
-                    raise _Interrupted(stop.exit_code)
+                    raise _Interrupted(self.stop.exit_code)
             found = records(examples, journal, n, source.name)
             formats.write(found, output)
             journal.path.unlink()
         failpoint("round.sampled")
+        self.pause()
         return found
 
     def score(self, output: Path, examples: Sequence[Example]) -> list[Example]:
         """The judge's scores of the records."""
         if output.exists():
             return list(formats.read(output).examples)
-        with GracefulStop() as stop, Journal(output.with_name(f"{output.name}.partial"), header(examples, self.judge)) as journal:
+        with Journal(output.with_name(f"{output.name}.partial"), header(examples, self.judge)) as journal:
             with meter(self.console, "records scored", len(examples), len(journal.done)) as shown:
-                found = score(examples, self.judge.judge, journal, on_done=shown.at, give_up=lambda: stop.requested is not None)
+                found = score(examples, self.judge.judge, journal, on_done=shown.at, give_up=self.asked_to_stop)
             if found is None:
-                raise _Interrupted(stop.exit_code)
+                raise _Interrupted(self.stop.exit_code)
         formats.write(found, output)
         journal.path.unlink()
         failpoint("round.scored")
+        self.pause()
         return found
 
     def select(self, output: Path, scored: Sequence[Example], number: int) -> dict[str, Any]:
@@ -208,6 +210,15 @@ class Rounds:
         rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["kind"] == "train"]
         return {"steps": len(steps), "loss": steps[-1]["loss"], "tokens": sum(row["tokens"] for row in steps)}
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came."""
+        return self.stop.requested is not None
+
+    def pause(self) -> None:
+        """Leave between two phases where a signal came."""
+        if self.asked_to_stop():
+            raise _Interrupted(self.stop.exit_code)
 
     # --- what the phases need ---------------------------------------------------------------------------------------------------
 
@@ -305,17 +316,18 @@ def train(name: str, config: RoundsConfig, console: Console) -> int:
     row = ITERATED[name]
     if config.threads:
         torch.set_num_threads(config.threads)
-    with ExitStack() as stack:
-        directory = stack.enter_context(RunDirectory(Path(config.output)))
+    with RunDirectory(Path(config.output)) as directory, GracefulStop() as stop:
+        stop.patient = False  # until there is something to save
         try:
-            run, manifest = prepare(row, config, directory, console)
+            run, manifest = prepare(row, config, directory, console, stop)
+            stop.patient = True
             if run is None:
                 console.print(f"This run is finished: its model is in {config.output}/{FINAL}.")
                 return 0
             found = run.all()
         except Stopped:
             console.print("Stopped before the first round; the same command goes on from here.")
-            return 130
+            return stop.exit_code
         except _Interrupted as stopped:
             directory.write_manifest(manifest.ended("interrupted"))
             console.print("Stopped; the same command goes on from here.")
@@ -378,7 +390,9 @@ def check(name: str, config: RoundsConfig, console: Console) -> bool:
     return notice is None
 
 
-def prepare(row: Iterated, config: RoundsConfig, directory: RunDirectory, console: Console) -> tuple[Rounds | None, RunManifest]:
+def prepare(
+    row: Iterated, config: RoundsConfig, directory: RunDirectory, console: Console, stop: GracefulStop
+) -> tuple[Rounds | None, RunManifest]:
     """Everything before the first round; no run where it is finished already."""
     found = ready(row, config)
     for notice in found.judge.notices:
@@ -402,7 +416,8 @@ def prepare(row: Iterated, config: RoundsConfig, directory: RunDirectory, consol
         f"{str(found.compute).removeprefix('torch.')} on {found.device.type}.",
         soft_wrap=True,
     )
-    return Rounds(row, config, directory, console, found.prompts, found.held_out, found.judge, found.device, found.compute), manifest
+    run = Rounds(row, config, directory, console, found.prompts, found.held_out, found.judge, found.device, found.compute, stop)
+    return run, manifest
 
 
 def read_prompts(config: RoundsConfig) -> tuple[list[Example], list[Example], dict[str, str]]:

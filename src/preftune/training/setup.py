@@ -20,7 +20,7 @@ from preftune.errors import UserError
 from preftune.methods import KEEP_REASONS, METHODS, Method
 from preftune.models import load
 from preftune.models.lora import Adapter
-from preftune.models.policy import LanguageModel, RewardModel, cast_linears, settle_layout
+from preftune.models.policy import LanguageModel, RewardModel, settle_layout
 from preftune.models.scoring import Scoring
 from preftune.packing.chat import REASONS as packing_reasons
 from preftune.packing.chat import ChatTokenizer, Tree, judgements
@@ -300,7 +300,6 @@ def make_reference(setup: Setup) -> Reference:
     source = load.locate(config.reference or config.model)
     frozen = LanguageModel(load.load_causal_lm(source), compute=setup.compute, packed=policy.backbone.packed)
     frozen.to(setup.world.device).eval().requires_grad_(False)
-    cast_linears(frozen.hf, setup.compute)
     return live_reference(frozen)
 
 

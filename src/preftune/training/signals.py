@@ -22,7 +22,7 @@ class GracefulStop:
 
     Python runs signal handlers only between bytecodes, so two signals during one long backward pass would look like one.
     The second is therefore counted by a thread that the C-level handler wakes, and ends the process even inside a kernel.
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    One may stand within another: the inner one alone is told. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self, notice: str = NOTICE) -> None:
@@ -46,7 +46,7 @@ class GracefulStop:
         self._watcher = threading.Thread(target=self._count, name="second-signal", daemon=True)
         self._watcher.start()
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        _open = self
+        self._outer, _open = _open, self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -62,7 +62,7 @@ class GracefulStop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup)
-        self._previous, _open = {}, None
+        self._previous, _open = {}, self._outer
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
