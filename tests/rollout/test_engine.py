@@ -17,9 +17,10 @@ from preftune.models.attention import NAME
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import collate
-from preftune.rollout.engine import Engine, cast_for_a_while
+from preftune.rollout.engine import Engine
 from preftune.rollout.samples import Sample, as_tree
 from preftune.rollout.sampling import Sampling
+from preftune.rollout.weights import prepared
 from tests import tiny
 
 ENDS = frozenset({2, 5, 9, 11, *range(40, 47)})
@@ -222,6 +223,7 @@ def test_bf16_uses_the_trainer_s_numbers_and_leaves_the_weights_as_they_were() -
     assert fresh_logp(model, PROMPTS, found) < 0.15
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], value) and after[name].requires_grad for name, value in before.items())
-    with pytest.raises(RuntimeError), cast_for_a_while(model.hf, torch.bfloat16):
+    with pytest.raises(RuntimeError), prepared(model.hf, torch.bfloat16):
+        assert any("forward" in vars(m) for m in model.modules())
         raise RuntimeError
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not any("forward" in vars(m) for m in model.modules())

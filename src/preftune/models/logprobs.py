@@ -31,7 +31,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         w = weight.to(compute)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits, _ = _logits(hidden[part], w, bias, scale, softcap, compute)
+            logits, _ = finished(hidden[part].to(compute) @ w.T, bias, scale, softcap, compute)
             lse[part] = torch.logsumexp(logits, dim=-1)
             picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
@@ -51,7 +51,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(compute)
-            logits, slope = _logits(h, w, bias, scale, softcap, compute)
+            logits, slope = finished(h @ w.T, bias, scale, softcap, compute)
             g = grad[part, None].to(precise)
             d = logits.sub_(lse[part, None]).exp_().mul_(-g)
             d.scatter_add_(1, targets[part, None], g)
@@ -78,11 +78,14 @@ def _accumulate(compute: torch.dtype) -> torch.dtype:
     return torch.promote_types(compute, torch.float32)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype
+def finished(
+    products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [rows, V] in fp32 or better and, with a soft cap, their slope with respect to the uncapped logits."""
-    logits = (hidden.to(compute) @ weight.T).to(_accumulate(compute))
+    """Logits [rows, V] in fp32 or better from `hidden @ weight.T` in `compute`; with a soft cap also their slope to the uncapped ones.
+
+    The products are changed in place.
+    """
+    logits = products.to(_accumulate(compute))
     if bias is not None:
         logits += bias
     if softcap is None:
@@ -90,11 +93,6 @@ def _logits(
     capped = torch.tanh(logits / softcap)
     slope = 1 - capped.square()
     return capped.mul_(softcap * scale), slope
-
-
-def logits(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype) -> Tensor:
-    """[rows, V] logits in fp32 or better of few [rows, D] hidden states; options as `chunked_logprobs` has them, `weight` in `compute`."""
-    return _logits(hidden, weight, bias, scale, softcap, compute)[0]
 
 
 def chunked_logprobs(

@@ -182,20 +182,6 @@ class RewardModel(nn.Module):
         return batch.on_grid(scores if scores.shape[1] > 1 else scores.squeeze(-1))
 
 
-def cast_linears(model: Any, dtype: torch.dtype) -> list[tuple[nn.Linear, nn.Parameter]]:
-    """Give linear layers but the language head frozen weights in `dtype`; returns the layers with the weights they had.
-
-    Where products run in `dtype` anyway the numbers stay the same, and nothing is cast again and again.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    before = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head and module.weight.dtype != dtype:
-            before.append((module, module.weight))
-            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
-    return before
-
-
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference in hidden states, relative to their size, between two correct ways to compute them."""
 

@@ -12,6 +12,10 @@ from torch import Tensor
 from preftune.models.attention import TreePlan
 from preftune.packing.batch import Layout
 
+LEAST = -80.0
+"""Scores this far below the largest weigh nothing in fp32 (1.8e-35), and neither do masked ones, which are put here: exp underflowing to 0
+takes ten times as long on a CPU.
+"""
 GROW = 64
 """Token places that a full cache gains at least."""
 
@@ -62,7 +66,7 @@ class Prefill(TreePlan):
         """As the row's own attention, and keep the keys and values."""
         keys, values = self.cache.prompt[self.layer]
         self.layer += 1
-        for rows, new in ((keys, k), (values, v)):
+        for rows, new in ((keys, k.to(v.dtype)), (values, v)):
             data = rows.reserve(self.first + len(self.lengths), max(self.lengths), new)
             for g, part in enumerate(new.split(self.lengths, dim=1)):
                 data[self.first + g, :, : part.shape[1]] = part
@@ -96,7 +100,7 @@ class Decode:
     ) -> Tensor:
         """[H, B, d] queries over [Hkv, B, d] new keys and all cached ones."""
         heads, rows, width = q.shape
-        kv = k.shape[0]
+        kv, k = k.shape[0], k.to(v.dtype)  # under autocast rotary embeddings leave keys in fp32, and every product would cast all of them
         groups, shared = len(self.prompts), heads // kv
         prompt_keys, prompt_values = (r.data[:groups, :, : self.longest_prompt] for r in self.cache.prompt[self.layer])  # type: ignore[index]
         own_keys, own_values = (r.reserve(rows, self.longest_own, new) for r, new in zip(self.cache.own[self.layer], (k, v), strict=True))
@@ -151,6 +155,6 @@ def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float |
     if mask is not None:
         scores += mask
     top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
+    weights = scores.sub_(top).clamp_(min=LEAST).exp_()
     total = weights.sum(-1, keepdim=True)
     return torch.matmul(weights.to(v.dtype), v).float() / total, top + total.log()

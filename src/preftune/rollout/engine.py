@@ -6,22 +6,21 @@ ends leaves at once, and waiting prompts take the place of those that ended whil
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from preftune.errors import UserError
-from preftune.models.logprobs import logits
-from preftune.models.policy import LanguageModel, cast_linears, language_head
+from preftune.models.logprobs import finished
+from preftune.models.policy import LanguageModel, language_head
 from preftune.rollout.cache import Cache, Decode, Prefill
 from preftune.rollout.padded import generate as padded
 from preftune.rollout.samples import Row, Sample
 from preftune.rollout.sampling import Sampling, draw, uniforms
+from preftune.rollout.weights import prepared, product
 
 CACHE_BYTES = 2 * 2**30
 """Keys and values kept at once, unless a caller says otherwise."""
@@ -68,7 +67,7 @@ class Engine:
             yield from padded(self, prompts, asked, waiting, sampling, seed, give_up)
             return
         self.model.eval()
-        with cast_for_a_while(self.model.hf, self.model.backbone.compute), self.model.backbone.precision():
+        with prepared(self.model.hf, self.model.backbone.compute), self.model.backbone.precision():
             yield from _Run(self, prompts, asked, waiting, sampling, seed).samples(give_up)
 
     @property
@@ -136,7 +135,7 @@ class _Run:
         self.places = max(1, engine.cache_bytes // (2 * config.num_hidden_layers * heads * width * size))
         self.cache = Cache(config.num_hidden_layers)
         weight, self.head = language_head(engine.model.backbone)
-        self.weight = weight.to(self.head["compute"])
+        self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]))
         self.rows: list[Row] = []
         self.groups: list[int] = []  # prompt of each slot of the prompt cache
         self.group = torch.zeros(0, dtype=torch.long)  # [B] slot of each row's prompt
@@ -190,7 +189,7 @@ class _Run:
             room = self.engine.room(self.prompts[i], self.sampling)
             self.rows += [Row(i, number, uniforms(self.seed, self.prompts[i], number, room)) for number in self.asked[i]]
         if self.sampling.repetition_penalty != 1:
-            marks = torch.zeros((len(part), self.weight.shape[0]), dtype=torch.bool, device=self.device)
+            marks = torch.zeros((len(part), self.vocabulary), dtype=torch.bool, device=self.device)
             for row, i in enumerate(part):
                 marks[row, torch.tensor(self.prompts[i], device=self.device)] = True
             marks = marks.repeat_interleave(each, 0)
@@ -201,10 +200,14 @@ class _Run:
         decoder = self.engine.model.hf.base_model
         return decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, tree=plan).last_hidden_state[0]
 
+    def _logits(self) -> Tensor:
+        """[B, V] logits of every row's next token."""
+        return finished(self.times(self.states.to(self.head["compute"])), **self.head)[0]
+
     def _draw(self) -> list[Sample]:
         """The next token of every row; rows that end are taken out and returned."""
         uniform = torch.tensor([row.uniform[len(row.ids)] for row in self.rows], dtype=torch.float64, device=self.device)
-        tokens, logp, drawn = draw(logits(self.states, self.weight, **self.head).float(), uniform, self.sampling, self.seen)
+        tokens, logp, drawn = draw(self._logits().float(), uniform, self.sampling, self.seen)
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
         self.tokens, self.states = tokens, self.states[:0]
@@ -248,14 +251,3 @@ class _Run:
         plan = Decode(self.cache, self.group, self.own, prompts)
         self.states = self._model(self.tokens, plan.position, plan)
         self.own = self.own + 1
-
-
-@contextlib.contextmanager
-def cast_for_a_while(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Linear layers' weights in `dtype`, so that thousands of small steps need not cast them; afterwards they are as they were."""
-    before = cast_linears(model, dtype)
-    try:
-        yield
-    finally:
-        for module, weight in before:
-            module.weight = weight

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from preftune.models.logprobs import logits
+from preftune.models.logprobs import finished
 from preftune.models.policy import language_head
 from preftune.rollout.samples import Row, Sample
 from preftune.rollout.sampling import Sampling, draw, uniforms
+from preftune.rollout.weights import product
 
 if TYPE_CHECKING:
     from preftune.rollout.engine import Engine
@@ -52,6 +53,7 @@ def _batch(
         mask[at, longest - len(prompts[i]) :] = 1
     seen: Tensor | None = None
     weight, options = language_head(backbone)
+    times = product(weight.to(options["compute"]))
     if sampling.repetition_penalty != 1:
         seen = torch.zeros((len(rows), weight.shape[0]), dtype=torch.bool, device=device)
         for at, (i, _) in enumerate(rows):
@@ -68,8 +70,8 @@ def _batch(
             out = backbone.hf.base_model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **places)
         cache = out.past_key_values
         uniform = torch.tensor([row.uniform[len(row.ids)] for row in live], dtype=torch.float64, device=device)
-        shaped = logits(out.last_hidden_state[:, -1], weight.to(options["compute"]), **options).float()
-        tokens, logp, drawn = draw(shaped, uniform, sampling, seen)
+        shaped = finished(times(out.last_hidden_state[:, -1].to(options["compute"])), **options)[0]
+        tokens, logp, drawn = draw(shaped.float(), uniform, sampling, seen)
         if seen is not None:
             seen[torch.arange(len(live), device=device), tokens] = True
         staying = engine.advance(live, tokens, logp, drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -75,37 +76,53 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | Non
     Returns [B] tokens, their log-probability at temperature 1 under the model as it is, and under the distribution they were drawn from.
     """
     shaped = logits if seen is None else penalise(logits, seen, sampling.repetition_penalty)
-    top = logits.amax(1, keepdim=True)
-    weights = (logits - top).exp_()
-    log_total = weights.sum(1, dtype=torch.float64).log_().to(logits.dtype) + top.squeeze(1)
     pick = lambda values, tokens: values.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    weights, log_total = _weights(logits)
     if sampling.temperature == 0:
         tokens = shaped.argmax(1)
         return tokens, pick(logits, tokens) - log_total, torch.zeros_like(log_total)
     if sampling.truncates:
         tokens, drawn = _from_candidates(shaped / sampling.temperature, uniform, sampling)
         return tokens, pick(logits, tokens) - log_total, drawn
+    log_shaped = log_total
     if sampling.temperature != 1 or seen is not None:
         shaped = shaped / sampling.temperature
-        top = shaped.amax(1, keepdim=True)
-        weights = (shaped - top).exp_()
-    tokens, total = _inverse_cdf(weights, uniform)
-    drawn = pick(shaped, tokens) - top.squeeze(1) - total.log().to(logits.dtype)
-    return tokens, pick(logits, tokens) - log_total, drawn
+        weights, log_shaped = _weights(shaped)
+    tokens, _ = _inverse_cdf(weights, uniform)
+    return tokens, pick(logits, tokens) - log_total, pick(shaped, tokens) - log_shaped
 
 
-def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] index at which the cumulative sum of non-negative [B, V] weights passes `uniform` of its total, and that total (float64)."""
-    rows, width = weights.shape
-    if width % BLOCK:
-        weights = F.pad(weights, (0, BLOCK - width % BLOCK))
-    blocks = weights.view(rows, -1, BLOCK)
-    ends = blocks.sum(2, dtype=torch.float64).cumsum(1)
+@dataclass(frozen=True)
+class _Weights:
+    """Non-negative [B, blocks, BLOCK] weights and the [B, blocks] cumulative sums of whole blocks (float64)."""
+
+    blocks: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Self:
+        if weights.shape[1] % BLOCK:
+            weights = F.pad(weights, (0, BLOCK - weights.shape[1] % BLOCK))
+        blocks = weights.view(len(weights), -1, BLOCK)
+        return cls(blocks, blocks.sum(2).double().cumsum(1))  # a sum of BLOCK numbers in fp32, then in float64: no copy of them all
+
+
+def _weights(logits: Tensor) -> tuple[_Weights, Tensor]:
+    """exp of [B, V] logits relative to their maximum, and their [B] log-sum-exp."""
+    top = logits.amax(1, keepdim=True)
+    weights = _Weights.of((logits - top).exp_())
+    return weights, weights.ends[:, -1].log().to(logits.dtype) + top.squeeze(1)
+
+
+def _inverse_cdf(weights: _Weights, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] index at which the cumulative sum of the weights passes `uniform` of its total, and that total (float64)."""
+    blocks, ends = weights.blocks, weights.ends
+    rows = len(blocks)
     total = ends[:, -1]
     target = (uniform * total).unsqueeze(1)
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)]
+    inside = blocks[torch.arange(rows, device=blocks.device), block.squeeze(1)]
     at = torch.searchsorted(inside.double().cumsum(1), target - before, right=True)
     last = BLOCK - 1 - inside.gt(0).flip(1).int().argmax(1, keepdim=True)  # rounding must not step past the last that can be drawn
     return (block * BLOCK + torch.minimum(at, last)).squeeze(1), total
@@ -134,6 +151,6 @@ def _from_candidates(shaped: Tensor, uniform: Tensor, sampling: Sampling) -> tup
         kept &= nucleus >= sampling.min_p * nucleus.amax(1, keepdim=True)
     kept[:, 0] = True
     share = share * kept
-    at, mass = _inverse_cdf(share, uniform)
+    at, mass = _inverse_cdf(_Weights.of(share), uniform)
     at = at.unsqueeze(1)
     return tokens.gather(1, at).squeeze(1), (share.gather(1, at).squeeze(1).log() - mass.log()).to(shaped.dtype)
