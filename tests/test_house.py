@@ -199,7 +199,7 @@ def test_no_method_is_named_outside_methods() -> None:
 
     assert METHODS
     also_words = {method.model for method in METHODS.values()} | set(FORMATS)
-    paths = [path for path in FILES if room(path) not in ("methods", "quickstart")]
+    paths = [path for path in FILES if room(path) not in ("methods", "quickstart") and path.name != "methods.py"]
     found = {short(path): lines for path in paths if (lines := named(tree(path), set(METHODS), also_words))}
     assert found == {}
 

@@ -15,8 +15,8 @@ from preftune.cli.main import resolve, run
 from preftune.errors import UserError
 from preftune.records import Example, Response
 from preftune.report.page import write as write_report
+from preftune.rounds.figures import best_of_n_curve, change, merged
 from preftune.rounds.methods import ITERATED
-from preftune.rounds.run import best_of_n_curve, change, merged
 from preftune.training.metrics import read_metrics
 from tests import tiny
 from tests.training import runs

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from preftune.configschema import Row, keys
-from preftune.methods import METHODS
+from preftune.methods import METHODS, Method
 from preftune.packing.chat import Tree
 from preftune.rounds.config import RoundsConfig
 from preftune.rounds.methods import ITERATED, Iterated, config_kind
@@ -77,7 +77,8 @@ def methods_table() -> str:
 
 def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
     """Name, title, needs, paper and summary of each method, as words."""
-    for name, method in (*METHODS.items(), *ITERATED.items()):
+    rows: list[tuple[str, Method | Iterated]] = [*METHODS.items(), *ITERATED.items()]
+    for name, method in rows:
         yield name, method.title, method.needs, method.paper or "-", method.summary
 
 

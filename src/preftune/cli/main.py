@@ -88,7 +88,7 @@ def check(words: Words = None) -> None:
     from preftune.rounds.config import RoundsConfig
 
     if isinstance(config, RoundsConfig):
-        from preftune.rounds.run import check as in_rounds
+        from preftune.rounds.ready import check as in_rounds
 
         raise typer.Exit(0 if in_rounds(name, config, progress_console()) else EXIT_USER)
     from preftune.training.check import check as run
@@ -111,9 +111,10 @@ def show_config(
     """Print every key of a method's config with its default and doc; with a CONFIG or settings, the config they make."""
     from preftune import configfile, configschema
     from preftune.cli.console import say
-    from preftune.rounds.methods import config_kind
 
     name, path, overrides = parse(words or [])
+    from preftune.rounds.methods import config_kind  # which needs torch: not before the words are known to be sound
+
     kind = config_kind(name)
     if schema:
         import json
@@ -264,9 +265,10 @@ def parse(words: Sequence[str]) -> tuple[str, Path | None, list[str]]:
 def resolve(words: Sequence[str]) -> tuple[str, RunConfig]:
     """The method's name and the resolved config of a command's words."""
     from preftune.configfile import load
-    from preftune.rounds.methods import config_kind
 
     name, path, overrides = parse(words)
+    from preftune.rounds.methods import config_kind  # which needs torch: not before the words are known to be sound
+
     return name, load(config_kind(name), path, overrides)
 
 

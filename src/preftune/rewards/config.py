@@ -105,4 +105,4 @@ def parse(word: str) -> JudgeConfig:
         if not Path(word).is_file():
             raise UserError("no such file", where=word, fix="It would hold the judge's section: `use`, `endpoint` or `parts`.")
         return configfile.load(JudgeConfig, Path(word))
-    return JudgeConfig(use=word)
+    return JudgeConfig.model_validate({"use": word})

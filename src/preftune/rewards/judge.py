@@ -187,7 +187,7 @@ def _beside(score: object, attribute: str | None, value: float) -> float | dict[
     """The new score, under its name beside the others where it has one."""
     if attribute is None:
         return value
-    others = dict(score) if isinstance(score, Mapping) else {} if score is None else {"overall": score}
+    others: dict[str, Any] = dict(score) if isinstance(score, Mapping) else {} if score is None else {"overall": score}
     return {**others, attribute: value}
 
 

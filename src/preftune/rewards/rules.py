@@ -126,7 +126,7 @@ def _own(word: str) -> Rule:
     rule = getattr(module, name, None)
     if not callable(rule):
         raise UserError(f"it has no function {name!r}", where=place, fix="Write the judge as module:function.")
-    return rule  # type: ignore[no-any-return]
+    return rule
 
 
 def _number(text: str) -> float:

@@ -38,12 +38,12 @@ def prepared(model: Any, dtype: torch.dtype) -> Iterator[None]:
         if dtype != torch.float32:
             for module in model.modules():
                 if type(module) is nn.Linear and module is not head:
-                    module.forward = _forward(module, dtype)  # type: ignore[method-assign]
+                    vars(module)["forward"] = _forward(module, dtype)
                     changed.append(module)
         yield
     finally:
         for module in changed:
-            del module.forward
+            del vars(module)["forward"]
 
 
 def _forward(module: nn.Linear, dtype: torch.dtype) -> Product:

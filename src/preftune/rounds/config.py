@@ -43,43 +43,6 @@ class RolloutConfig(Section):
         return self.temperature[number - 1] if isinstance(self.temperature, tuple) else self.temperature
 
 
-class BestKnobs(Section):
-    """What Best-of-N keeps."""
-
-    k: Positive = Field(1, description="how many of the best responses to each prompt are learned")
-    at_least: float | None = Field(None, description="a response that scores less is not learned; null is no bar")
-    only_finished: bool = Field(True, description="a response that was cut at max_new_tokens is not learned")
-    objective: dict[str, Any] = Field({}, description="knobs of the method that trains, by name")
-
-
-class RaftKnobs(BestKnobs):
-    """What RAFT keeps."""
-
-    ranking: Literal["local", "global"] = Field(
-        "local", description="the k best responses to each prompt (local), or the best share of a round's responses whatever their prompt"
-    )
-    share: float = Field(0.2, gt=0, le=1, description="for ranking global: the share of a round's responses that is learned")
-
-    @model_validator(mode="after")
-    def _used(self) -> RaftKnobs:
-        if self.ranking == "local" and self.share != type(self).model_fields["share"].default:
-            raise problem("`share` has no effect with `ranking: local`", "method.share")
-        if self.ranking == "global" and self.k != type(self).model_fields["k"].default:
-            raise problem("`k` has no effect with `ranking: global`", "method.k")
-        return self
-
-
-class RsoKnobs(Section):
-    """What statistical rejection sampling keeps, and how pairs are made of it."""
-
-    count: Positive = Field(8, description="responses to accept of each prompt")
-    beta: float = Field(0.5, ge=0, description="draws follow policy * exp(score / beta): 0 takes the highest scores, a large one any")
-    how: Literal["first_round", "tournament", "all", "best_worst"] = Field("first_round", description="which accepted ones meet")
-    loss: Literal["rso_hinge_norm", "rso_sigmoid_norm", "dpo", "ipo"] = Field("rso_hinge_norm", description="what learns the pairs")
-    only_finished: bool = Field(True, description="a response that was cut at max_new_tokens is no candidate")
-    objective: dict[str, Any] = Field({}, description="knobs of `loss`, by name")
-
-
 class RoundsConfig(RunConfig):
     """Everything a run in rounds may be told."""
 
@@ -103,7 +66,7 @@ class RoundsConfig(RunConfig):
         "last", description="Train each round from the last round's model, or from the first model anew, as Llama 2 does."
     )
     keep_models: bool = Field(False, description="Keep every round's model; else only the newest is kept.")
-    rollout: RolloutConfig = Field(RolloutConfig(), description="How responses are drawn.")
+    rollout: RolloutConfig = Field(RolloutConfig.model_validate({}), description="How responses are drawn.")
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> RoundsConfig:

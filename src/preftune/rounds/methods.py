@@ -4,14 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from preftune.configfile import Section
+from pydantic import Field, model_validator
+
+from preftune.configfile import Section, problem
 from preftune.methods import find
 from preftune.records import Example
-from preftune.rounds.config import BestKnobs, RaftKnobs, RolloutConfig, RsoKnobs, rounds_config
+from preftune.rounds.config import RolloutConfig, rounds_config
 from preftune.selection.select import Selected, choose, finished, pairs, raft, rso, threshold, top
-from preftune.training.config import RunConfig, run_config
+from preftune.training.config import Positive, RunConfig, run_config
+
+
+class BestKnobs(Section):
+    """What Best-of-N keeps."""
+
+    k: Positive = Field(1, description="how many of the best responses to each prompt are learned")
+    at_least: float | None = Field(None, description="a response that scores less is not learned; null is no bar")
+    only_finished: bool = Field(True, description="a response that was cut at max_new_tokens is not learned")
+    objective: dict[str, Any] = Field({}, description="knobs of the method that trains, by name")
+
+
+class RaftKnobs(BestKnobs):
+    """What RAFT keeps."""
+
+    ranking: Literal["local", "global"] = Field(
+        "local", description="the k best responses to each prompt (local), or the best share of a round's responses whatever their prompt"
+    )
+    share: float = Field(0.2, gt=0, le=1, description="for ranking global: the share of a round's responses that is learned")
+
+    @model_validator(mode="after")
+    def _used(self) -> RaftKnobs:
+        if self.ranking == "local" and self.share != type(self).model_fields["share"].default:
+            raise problem("`share` has no effect with `ranking: local`", "method.share")
+        if self.ranking == "global" and self.k != type(self).model_fields["k"].default:
+            raise problem("`k` has no effect with `ranking: global`", "method.k")
+        return self
+
+
+class RsoKnobs(Section):
+    """What statistical rejection sampling keeps, and how pairs are made of it."""
+
+    count: Positive = Field(8, description="responses to accept of each prompt")
+    beta: float = Field(0.5, ge=0, description="draws follow policy * exp(score / beta): 0 takes the highest scores, a large one any")
+    how: Literal["first_round", "tournament", "all", "best_worst"] = Field("first_round", description="which accepted ones meet")
+    loss: Literal["rso_hinge_norm", "rso_sigmoid_norm", "dpo", "ipo"] = Field("rso_hinge_norm", description="what learns the pairs")
+    only_finished: bool = Field(True, description="a response that was cut at max_new_tokens is no candidate")
+    objective: dict[str, Any] = Field({}, description="knobs of `loss`, by name")
 
 
 @dataclass(frozen=True)
@@ -92,7 +131,7 @@ ROWS = (
         RsoKnobs,
         _rso,
         lambda knobs: (knobs.loss, knobs.objective),
-        {"rounds": 1, "start": "first", "lr": 1e-6, "rollout": RolloutConfig(n=64, temperature=0.7, top_k=40)},
+        {"rounds": 1, "start": "first", "lr": 1e-6, "rollout": RolloutConfig.model_validate({"n": 64, "temperature": 0.7, "top_k": 40})},
         also_known_as=("statistical_rejection_sampling", "statistical_rejection"),
     ),
 )

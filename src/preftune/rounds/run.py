@@ -23,24 +23,20 @@ import torch
 from rich.console import Console
 
 from preftune import formats
-from preftune.configfile import load as load_config
 from preftune.errors import UserError
-from preftune.evaluation.statistics import clustered_mean_ci
-from preftune.methods import METHODS
 from preftune.models import load
 from preftune.models.policy import LanguageModel, settle_layout
 from preftune.packing.chat import ChatTokenizer
-from preftune.records import Example, Response
-from preftune.rewards.judge import Opened, ask, header, open_judge, score
+from preftune.records import Example
+from preftune.rewards.judge import Opened, header, score
 from preftune.rollout.draw import draw, lacking, records
 from preftune.rollout.engine import Engine
 from preftune.rollout.journal import Journal
 from preftune.rollout.sampling import Sampling
 from preftune.rounds.config import RoundsConfig
+from preftune.rounds.figures import best_of_n_curve, change, evaluated, merged, score_words, sentence
 from preftune.rounds.methods import ITERATED, Iterated
-from preftune.selection.best_of_n import best_of_n_kl_bound, best_of_n_value
-from preftune.training.check import Line, show
-from preftune.training.config import DataConfig, RunConfig, run_config
+from preftune.rounds.ready import ready, template, training_config
 from preftune.training.durable import replace_file
 from preftune.training.failpoints import failpoint
 from preftune.training.manifest import RunManifest, Session
@@ -48,7 +44,6 @@ from preftune.training.progress import meter
 from preftune.training.run import MAY_CHANGE, peak_memory
 from preftune.training.run import train as train_once
 from preftune.training.rundir import FINAL, RunDirectory
-from preftune.training.setup import compute_dtype
 from preftune.training.signals import GracefulStop, Stopped
 
 FACTS = "facts.json"
@@ -101,7 +96,7 @@ class Rounds:
         sampling = replace(self.sampling(number), temperature=rollout.eval_temperature)
         sampled = self.sample(folder / "samples.jsonl", number, self.held_out, rollout.eval_n, sampling, self.config.seed)
         scored = self.score(folder / "scored.jsonl", sampled)
-        facts = _evaluated(scored) | {"seconds": round(time.monotonic() - start, 3), "peak_memory": peak_memory()}
+        facts = evaluated(scored) | {"seconds": round(time.monotonic() - start, 3), "peak_memory": peak_memory()}
         _write(folder / FACTS, facts)
         return facts
 
@@ -119,7 +114,7 @@ class Rounds:
         )
         scored = self.score(folder / "scored.jsonl", sampled)
         facts = self.select(folder / "selected.jsonl", scored, number)
-        self.console.print(f"{said}: {_sentence(facts)}", soft_wrap=True)
+        self.console.print(f"{said}: {sentence(facts)}", soft_wrap=True)
         facts |= self.train(folder, number)
         facts |= {"seconds": round(time.monotonic() - start, 3), "peak_memory": peak_memory()}
         failpoint("round.trained")
@@ -180,16 +175,16 @@ class Rounds:
         found = self.row.select(pool, self.config.method, self.config.seed + number)
         if not found.examples:
             raise UserError(
-                f"round {number} leaves nothing to learn: none of {len(found.before)} responses is kept",
+                f"round {number} leaves nothing to learn: none of {sum(len(e.responses) for e in pool)} responses is kept",
                 where=str(output.with_name("scored.jsonl")),
-                fix="Draw more responses, lower method.at_least, or start from a model that can do some of the task.",
+                fix="Draw more or longer responses, lower method.at_least, or start from a model that can do some of the task.",
             )
         if not output.exists():
             formats.write(found.examples, output)
         failpoint("round.selected")
         best = [[float(r.score) for r in e.responses] for e in scored]  # type: ignore[arg-type]
         return {
-            "responses": len(found.before),
+            "responses": sum(len(e.responses) for e in pool),
             "selected": len(found.after),
             "records": len(found.examples),
             "prompts_without": found.prompts_without,
@@ -233,7 +228,7 @@ class Rounds:
             notice = settle_layout(policy)
             if notice:
                 self.console.print(f"[yellow]{notice}[/yellow]", soft_wrap=True)
-            tokenizer = load.load_tokenizer(source, template=_template(self.config))
+            tokenizer = load.load_tokenizer(source, template=template(self.config))
             tokenizer.turn_ends |= frozenset(load.eos_ids(policy.hf))
             self._policy = model, policy, tokenizer
         return self._policy[1], self._policy[2]
@@ -271,42 +266,8 @@ class Rounds:
                 facts = self.evaluate(number)
                 evaluated.append(facts)
                 self.log(number, "eval", {key: value for key, value in facts.items() if key != "scores"})
-                self.console.print(f"Held out, after {number} rounds: {_score_words(facts)}", soft_wrap=True)
+                self.console.print(f"Held out, after {number} rounds: {score_words(facts)}", soft_wrap=True)
         return change(evaluated[0]["scores"], evaluated[-1]["scores"]) if evaluated else {}
-
-
-def change(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Mean change of the held-out prompts' scores, with its 95% interval over prompts: each is compared with itself."""
-    found = clustered_mean_ci(np.asarray(after) - np.asarray(before))
-    return {"change": found.value, "low": found.low, "high": found.high, "prompts": len(before)}
-
-
-def best_of_n_curve(scores: Sequence[Sequence[float]]) -> list[dict[str, float]]:
-    """Mean score of the best of 1, 2, 4, ... N, estimated without bias from N samples of each prompt, and the bound of its KL in nats."""
-    count = min(map(len, scores))
-    sizes = [2**k for k in range(count.bit_length()) if 2**k < count] + [count]
-    mean = lambda n: float(np.mean([best_of_n_value(one, one, n) for one in scores]))
-    return [{"n": n, "score": mean(n), "kl_bound": best_of_n_kl_bound(n)} for n in sizes]
-
-
-def merged(examples: Sequence[Example]) -> list[Example]:
-    """Records of one prompt as one record with all their responses, in order."""
-    found: dict[str, Example] = {}
-    for example in examples:
-        key = formats.prompt_key(example)
-        earlier = found.get(key)
-        found[key] = example if earlier is None else replace(earlier, responses=(*earlier.responses, *example.responses))
-    return list(found.values())
-
-
-def training_config(row: Iterated, config: RoundsConfig, model: str, data: Path, output: Path) -> tuple[str, RunConfig]:
-    """The method that trains a round, and its config: the run's own settings with the round's model, data and folder."""
-    name, knobs = row.trains(config.method)
-    method = METHODS[name]
-    shared = config.model_dump(mode="json", include=set(RunConfig.model_fields))
-    own = {"use": name, "model": model, "data": {"path": [str(data)]}, "output": str(output), "method": knobs, "resume": "auto"}
-    own |= {"eval_data": None, "eval_fraction": 0.0, "seed": config.seed}
-    return name, load_config(run_config(method.knobs, method.defaults, compares=method.compares), None, base={**shared, **own})
 
 
 def train(name: str, config: RoundsConfig, console: Console) -> int:
@@ -345,51 +306,6 @@ def train(name: str, config: RoundsConfig, console: Console) -> int:
     return 0
 
 
-@dataclass
-class Ready:
-    """What was read and tried before any long work."""
-
-    source: load.Source
-    prompts: list[Example]
-    held_out: list[Example]
-    hashes: dict[str, str]
-    judge: Opened
-    device: torch.device
-    compute: torch.dtype
-
-
-def ready(row: Iterated, config: RoundsConfig) -> Ready:
-    """Read the prompts, open the judge and ask it once. Raises UserError for whatever the user can mend."""
-    prompts, held_out, hashes = read_prompts(config)
-    source = load.locate(config.model)
-    if config.reference:
-        load.locate(config.reference)
-    training_config(row, config, config.model, Path("selected.jsonl"), Path(config.output))
-    tokenizer = load.load_tokenizer(source, template=_template(config))
-    for example in (*prompts, *held_out):
-        if len(tokenizer.encode_prompt(example.prompt)) >= config.max_length:
-            what = f"the prompt alone fills max_length ({config.max_length})"
-            raise UserError(what, where=example.where, fix="Raise it, or leave the prompt out.")
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    compute = compute_dtype(config.precision, device)
-    sizes = {"max_length": config.max_length, "tokens_per_microbatch": config.tokens_per_microbatch}
-    judge = open_judge(config.judge, compute=compute, device=device, **sizes)
-    ask(judge.judge, [replace(prompts[0], responses=(Response("I do not know."),))])
-    return Ready(source, prompts, held_out, hashes, judge, device, compute)
-
-
-def check(name: str, config: RoundsConfig, console: Console) -> bool:
-    """`preftune check` of an iterated method: what `train` looks at before its first round, and that the model takes a packed row."""
-    row = ITERATED[name]
-    found = ready(row, config)
-    show(Line("prompts", True, f"{len(found.prompts)} to train on, {len(found.held_out)} held out"), console)
-    show(Line("judge", True, "gives one finite score for a response to the first prompt"), console)
-    policy = LanguageModel(load.load_causal_lm(found.source), compute=found.compute).to(found.device)
-    notice = settle_layout(policy)
-    show(Line("packed = padded", notice is None, notice or "hidden states of both layouts agree"), console)
-    return notice is None
-
-
 def prepare(
     row: Iterated, config: RoundsConfig, directory: RunDirectory, console: Console, stop: GracefulStop
 ) -> tuple[Rounds | None, RunManifest]:
@@ -418,58 +334,6 @@ def prepare(
     )
     run = Rounds(row, config, directory, console, found.prompts, found.held_out, found.judge, found.device, found.compute, stop)
     return run, manifest
-
-
-def read_prompts(config: RoundsConfig) -> tuple[list[Example], list[Example], dict[str, str]]:
-    """Prompts to train on, those held out, and the hashes of their files."""
-
-    def read(data: DataConfig) -> tuple[list[Example], dict[str, str]]:
-        found = formats.read_prompts(list(data.path), format=data.format, on_error=data.on_error, limit=data.limit)
-        return list(found.examples), {", ".join(data.path): found.sha256}
-
-    prompts, hashes = read(config.data)
-    if config.eval_data is not None:
-        held, more = read(config.eval_data)
-        return prompts, held, hashes | more
-    if not config.eval_fraction:
-        return prompts, [], hashes
-    kept, out = formats.split_by_prompt(prompts, config.eval_fraction, config.seed)
-    return kept, out, hashes
-
-
-def _evaluated(scored: Sequence[Example]) -> dict[str, Any]:
-    """Figures of the held-out responses; `scores` has the mean of each prompt's responses."""
-    scores = [float(np.mean([r.score for r in e.responses])) for e in scored]  # type: ignore[misc]
-    responses = [r for e in scored for r in e.responses]
-    mean = clustered_mean_ci(scores)
-    return {
-        "score": mean.value,
-        "score_low": mean.low,
-        "score_high": mean.high,
-        "response_tokens": float(np.mean([r.meta["tokens"] for r in responses])),
-        "finished": float(np.mean([r.finished for r in responses])),
-        "scores": scores,
-    }
-
-
-def _sentence(facts: dict[str, Any]) -> str:
-    curve = ", ".join(f"{one['score']:.3f} of {one['n']}" for one in facts["best_of_n"])
-    without = f", {facts['prompts_without']} prompts are left with nothing" if facts["prompts_without"] else ""
-    return (
-        f"{facts['selected']} of {facts['responses']} responses stay ({facts['selected'] / facts['responses']:.0%}){without}; "
-        f"mean score {facts['score_sampled']:.3f} before, {facts['score_selected']:.3f} after; expected best {curve}"
-    )
-
-
-def _score_words(facts: dict[str, Any]) -> str:
-    return (
-        f"score {facts['score']:.3f} ({facts['score_low']:.3f} to {facts['score_high']:.3f}), {facts['response_tokens']:.0f} tokens a "
-        f"response, {facts['finished']:.0%} of them finished"
-    )
-
-
-def _template(config: RoundsConfig) -> str | None:
-    return Path(config.chat_template).read_text() if config.chat_template else None
 
 
 def _records(path: Path) -> Sequence[Example]:

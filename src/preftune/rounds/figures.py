@@ -1,0 +1,71 @@
+"""What a round and an evaluation say of themselves, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from preftune import formats
+from preftune.evaluation.statistics import clustered_mean_ci
+from preftune.records import Example
+from preftune.selection.best_of_n import best_of_n_kl_bound, best_of_n_value
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Mean change of the held-out prompts' scores, with its 95% interval over prompts: each is compared with itself."""
+    found = clustered_mean_ci(np.asarray(after) - np.asarray(before))
+    return {"change": found.value, "low": found.low, "high": found.high, "prompts": len(before)}
+
+
+def best_of_n_curve(scores: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """Mean score of the best of 1, 2, 4, ... N, estimated without bias from N samples of each prompt, and the bound of its KL in nats."""
+    count = min(map(len, scores))
+    sizes = [2**k for k in range(count.bit_length()) if 2**k < count] + [count]
+    mean = lambda n: float(np.mean([best_of_n_value(one, one, n) for one in scores]))
+    return [{"n": n, "score": mean(n), "kl_bound": best_of_n_kl_bound(n)} for n in sizes]
+
+
+def merged(examples: Sequence[Example]) -> list[Example]:
+    """Records of one prompt as one record with all their responses, in order."""
+    found: dict[str, Example] = {}
+    for example in examples:
+        key = formats.prompt_key(example)
+        earlier = found.get(key)
+        found[key] = example if earlier is None else replace(earlier, responses=(*earlier.responses, *example.responses))
+    return list(found.values())
+
+
+def evaluated(scored: Sequence[Example]) -> dict[str, Any]:
+    """Figures of the held-out responses; `scores` has the mean of each prompt's responses."""
+    scores = [float(np.mean([r.score for r in e.responses])) for e in scored]
+    responses = [r for e in scored for r in e.responses]
+    mean = clustered_mean_ci(scores)
+    return {
+        "score": mean.value,
+        "score_low": mean.low,
+        "score_high": mean.high,
+        "response_tokens": float(np.mean([r.meta["tokens"] for r in responses])),
+        "finished": float(np.mean([r.finished for r in responses])),
+        "scores": scores,
+    }
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """A round's selection in words."""
+    curve = ", ".join(f"{one['score']:.3f} of {one['n']}" for one in facts["best_of_n"])
+    without = f", {facts['prompts_without']} prompts are left with nothing" if facts["prompts_without"] else ""
+    return (
+        f"{facts['selected']} of {facts['responses']} responses stay ({facts['selected'] / facts['responses']:.0%}){without}; "
+        f"mean score {facts['score_sampled']:.3f} before, {facts['score_selected']:.3f} after; expected best {curve}"
+    )
+
+
+def score_words(facts: dict[str, Any]) -> str:
+    """An evaluation in words."""
+    return (
+        f"score {facts['score']:.3f} ({facts['score_low']:.3f} to {facts['score_high']:.3f}), {facts['response_tokens']:.0f} tokens a "
+        f"response, {facts['finished']:.0%} of them finished"
+    )
