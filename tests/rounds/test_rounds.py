@@ -100,6 +100,7 @@ def test_what_is_left_behind(whole: Path) -> None:
     found = json.loads((whole / "change.json").read_text())
     assert found["change"] == pytest.approx(rows[-1]["score"] - rows[0]["score"])
     page = write_report(whole).read_text()
+    assert f"Change of the held-out score: {found['change']:+.3f}" in page and "held-out score" in page
     assert "Held-out score" in page and "Scores of a round" in page and "score_low" not in page
 
 

@@ -13,8 +13,8 @@ from preftune.report.words import title_of
 Row = Mapping[str, Any]
 
 HELD_OUT = {"train": "training", "eval": "held out"}
-NOT_METRICS = {"step", "kind", "nonfinite", "score", "score_low", "score_high"}
-"""Keys of a row that no curve shows; the score of a round is shown with its interval."""
+NOT_METRICS = {"step", "kind", "nonfinite", "score", "score_low", "score_high", "score_sampled", "score_selected"}
+"""Keys of a row that no curve shows; the scores of rounds have charts of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,6 @@ class Figure:
 
 
 KNOWN = (
-    Curve(
-        ("score_sampled", "score_selected"), "Scores of a round's responses", "All that were drawn, and those that were learned.", main=True
-    ),
     Curve(("loss",), "Loss", "What training lowers. Held-out loss that turns upwards is memorising.", main=True),
     Curve(("perplexity",), "Perplexity", "How surprised the model is by the responses it should give: lower is better.", main=True),
     Curve(("accuracy",), "Accuracy", "Share of pairs put in the order people put them; 0.5 is guessing.", main=True),
@@ -62,6 +59,9 @@ KNOWN = (
 )
 
 
+_OF_A_ROUND = {"drawn": "score_sampled", "learned": "score_selected"}
+
+
 def figures(rows: Sequence[Row], run: str) -> list[Figure]:
     """The charts of a run's metric rows; `run` names it for those who hear the chart rather than see it."""
     return _rounds(rows, run) + [
@@ -78,15 +78,20 @@ def numeric(rows: Sequence[Row], metric: str, kind: str = "train") -> list[tuple
 
 
 def _rounds(rows: Sequence[Row], run: str) -> list[Figure]:
-    """Held-out scores of a run in rounds, with their intervals."""
-    found = [row for row in rows if row["kind"] == "eval" and "score_low" in row]
-    if not found:
-        return []
-    column = lambda name: [row[name] for row in found]
-    line = Series("held out", column("step"), column("score"), column("score_low"), column("score_high"))
-    explain = "What the judge gives the responses to held-out prompts, with its 95% interval over prompts; 0 is the starting model."
-    drawn = line_chart([line], title=f"Held-out score of {run}", x_label="round", y_label="score")
-    return [Figure("Held-out score", explain, drawn, True)]
+    """Held-out scores of a run in rounds, with their intervals, and the scores of what was drawn and learned."""
+    column = lambda found, name: [row[name] for row in found]
+    evaluated = [row for row in rows if row["kind"] == "eval" and "score_low" in row]
+    trained = [row for row in rows if row["kind"] == "train" and "score_selected" in row]
+    charts = []
+    if evaluated:
+        held = Series("held out", *(column(evaluated, name) for name in ("step", "score", "score_low", "score_high")))
+        about = "What the judge gives the responses to held-out prompts, with its 95% interval over prompts; 0 is the starting model."
+        charts.append(("Held-out score", about, [held]))
+    if trained:
+        lines = [Series(name, column(trained, "step"), column(trained, key)) for name, key in _OF_A_ROUND.items()]
+        charts.append(("Scores of a round", "What the judge gives all responses that were drawn, and those that were learned.", lines))
+    draw = lambda title, lines: line_chart(lines, title=f"{title} of {run}", x_label="round", y_label="score")
+    return [Figure(title, about, draw(title, lines), True) for title, about, lines in charts]
 
 
 def _unknown(rows: Sequence[Row]) -> list[Curve]:

@@ -28,6 +28,7 @@ from preftune.training.manifest import RUN_FILE, RunManifest, read_manifest
 from preftune.training.metrics import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
+CHANGE_FILE = "change.json"
 SHOWN_GENERATIONS = 6
 ENOUGH_FOR_HISTOGRAM = 12
 
@@ -46,21 +47,22 @@ def write(run_dir: Path) -> Path:
     seconds = [value for _, value in numeric(rows, "seconds") if value is not None]
     tokens = [value for _, value in numeric(rows, "tokens") if value is not None]
     memory = [value for _, value in numeric(rows, "peak_memory") if value is not None]
+    in_rounds = any("score_selected" in row for row in rows)
     facts = {
-        "Steps": words.number(max((row["step"] for row in rows), default=None)),
-        "Time in steps": words.duration(sum(seconds) if seconds else None),
+        "Rounds" if in_rounds else "Steps": words.number(max((row["step"] for row in rows), default=None)),
+        "Time in rounds" if in_rounds else "Time in steps": words.duration(sum(seconds) if seconds else None),
         "Tokens": words.number(sum(tokens) if tokens else None),
         "Peak memory": words.size(max(memory, default=None)),
     }
     page = _environment().get_template("run.html").render(
         title=run_dir.resolve().name,
         run=manifest,
-        sentence=run_sentence(manifest, rows),
+        sentence=f"{run_sentence(manifest, rows)} {_change(run_dir)}".strip(),
         facts=facts,
         bad_rows=sum("nonfinite" in row for row in rows),
         figures=figures(rows, run_dir.resolve().name),
         details=_details(manifest),
-        files=_present(run_dir, [RUN_FILE, METRICS_FILE]),
+        files=_present(run_dir, [RUN_FILE, METRICS_FILE, CHANGE_FILE]),
         root=run_dir,
     )  # fmt: skip
     return _saved(run_dir, page)
@@ -114,6 +116,7 @@ def run_sentence(manifest: RunManifest, rows: list[Row]) -> str:
     ends = {"running": "is still running", "interrupted": "was interrupted", "stopped": "was stopped"}
     said = []
     for metric, kind, name in (
+        ("score", "eval", "held-out score"),
         ("loss", "train", "loss"),
         ("loss", "eval", "held-out loss"),
         ("accuracy", "eval", "held-out accuracy"),
@@ -123,6 +126,16 @@ def run_sentence(manifest: RunManifest, rows: list[Row]) -> str:
             said.append(f"{name} {words.number(values[0])} → {words.number(values[-1])}")
     went = f" First and last measurement: {', '.join(said)}." if said else ""
     return f"A {manifest.method} run that {ends.get(manifest.status, manifest.status)}.{went}"
+
+
+def _change(run_dir: Path) -> str:
+    """What a run in rounds did to the held-out score, from its `change.json`; nothing for other runs."""
+    file = run_dir / CHANGE_FILE
+    if not file.exists():
+        return ""
+    found = json.loads(file.read_text())
+    ends = f"{found['low']:+.3f} to {found['high']:+.3f}"
+    return f"Change of the held-out score: {found['change']:+.3f} (95% interval {ends}, {found['prompts']} prompts, each beside itself)."
 
 
 def link(root: Path, source: str) -> str | None:

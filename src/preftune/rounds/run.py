@@ -28,6 +28,7 @@ from preftune.models import load
 from preftune.models.policy import LanguageModel, settle_layout
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Example
+from preftune.report.page import CHANGE_FILE
 from preftune.rewards.judge import Opened, header, score
 from preftune.rollout.draw import draw, lacking, records
 from preftune.rollout.engine import Engine
@@ -298,7 +299,7 @@ def train(name: str, config: RoundsConfig, console: Console) -> int:
             shutil.rmtree(directory.final, ignore_errors=True)
             shutil.copytree(last, directory.final) if config.keep_models else last.replace(directory.final)
         if found:
-            _write(run.path / "change.json", found)
+            _write(run.path / CHANGE_FILE, found)
             words = f"{found['change']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
             console.print(f"Held-out score from start to end: {words}, {found['prompts']} prompts, 95% interval.", soft_wrap=True)
         console.print(f"Done: {config.output}/{FINAL} is a plain Hugging Face model.", soft_wrap=True)
