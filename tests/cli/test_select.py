@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -70,6 +71,9 @@ def test_every_selection_writes_records_that_the_methods_read(
         found = formats.read(out).examples
         assert records in (None, len(found)) and sum(len(e.responses) for e in found) == responses, name
         assert f"24 responses, {responses} stayed ({responses / 24:.0%})" in told and "scores before: mean" in told
+        if kind == "best":
+            best = np.mean([max(r.score for r in e.responses) for e in formats.read(scored).examples])
+            assert f"{best:.3f} of 4 (KL at most 0.64 nats)" in told, "log 4 - 3/4"
         if kind == "pairs":
             assert all(e.responses[0].score > e.responses[1].score and e.responses[0].rank == 1 for e in found)
     assert all(

@@ -15,8 +15,9 @@ from preftune.cli.main import resolve, run
 from preftune.errors import UserError
 from preftune.records import Example, Response
 from preftune.report.page import write as write_report
-from preftune.rounds.figures import best_of_n_curve, change, merged
+from preftune.rounds.figures import change, merged
 from preftune.rounds.methods import ITERATED
+from preftune.selection.best_of_n import best_of_n_curve
 from preftune.training.metrics import read_metrics
 from tests import tiny
 from tests.training import runs

@@ -27,9 +27,14 @@ Errors = Annotated[OnError, typer.Option(help="Stop at rows that cannot be used,
 @app.command()
 def best(files: Samples, output: Output, by: By = None, on_error: Errors = OnError.stop) -> None:
     """Keep the best response of each prompt (Best-of-N, and RAFT's local option): for SFT."""
+    from preftune.cli.console import progress_console
     from preftune.selection import select
+    from preftune.selection.best_of_n import best_of_n_curve, in_words
 
-    _write(select.choose(_read(files, output, on_error), select.best, by), output)
+    examples = _read(files, output, on_error)
+    _write(select.choose(examples, select.best, by), output)
+    if scores := [found for example in examples if len(found := select.scores_of(example, by))]:
+        progress_console().print(in_words(best_of_n_curve([one.tolist() for one in scores])), soft_wrap=True)
 
 
 @app.command()

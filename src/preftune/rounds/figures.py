@@ -11,21 +11,13 @@ import numpy as np
 from preftune import formats
 from preftune.evaluation.statistics import clustered_mean_ci
 from preftune.records import Example
-from preftune.selection.best_of_n import best_of_n_kl_bound, best_of_n_value
+from preftune.selection.best_of_n import in_words
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Mean change of the held-out prompts' scores, with its 95% interval over prompts: each is compared with itself."""
     found = clustered_mean_ci(np.asarray(after) - np.asarray(before))
     return {"change": found.value, "low": found.low, "high": found.high, "prompts": len(before)}
-
-
-def best_of_n_curve(scores: Sequence[Sequence[float]]) -> list[dict[str, float]]:
-    """Mean score of the best of 1, 2, 4, ... N, estimated without bias from N samples of each prompt, and the bound of its KL in nats."""
-    count = min(map(len, scores))
-    sizes = [2**k for k in range(count.bit_length()) if 2**k < count] + [count]
-    mean = lambda n: float(np.mean([best_of_n_value(one, one, n) for one in scores]))
-    return [{"n": n, "score": mean(n), "kl_bound": best_of_n_kl_bound(n)} for n in sizes]
 
 
 def merged(examples: Sequence[Example]) -> list[Example]:
@@ -55,11 +47,10 @@ def evaluated(scored: Sequence[Example]) -> dict[str, Any]:
 
 def sentence(facts: dict[str, Any]) -> str:
     """A round's selection in words."""
-    curve = ", ".join(f"{one['score']:.3f} of {one['n']}" for one in facts["best_of_n"])
     without = f", {facts['prompts_without']} prompts are left with nothing" if facts["prompts_without"] else ""
     return (
         f"{facts['selected']} of {facts['responses']} responses stay ({facts['selected'] / facts['responses']:.0%}){without}; "
-        f"mean score {facts['score_sampled']:.3f} before, {facts['score_selected']:.3f} after; expected best {curve}"
+        f"mean score {facts['score_sampled']:.3f} before, {facts['score_selected']:.3f} after; {in_words(facts['best_of_n'])}"
     )
 
 

@@ -35,9 +35,10 @@ from preftune.rollout.engine import Engine
 from preftune.rollout.journal import Journal
 from preftune.rollout.sampling import Sampling
 from preftune.rounds.config import RoundsConfig
-from preftune.rounds.figures import best_of_n_curve, change, evaluated, merged, score_words, sentence
+from preftune.rounds.figures import change, evaluated, merged, score_words, sentence
 from preftune.rounds.methods import ITERATED, Iterated
 from preftune.rounds.ready import ready, template, training_config
+from preftune.selection.best_of_n import best_of_n_curve
 from preftune.training.durable import replace_file
 from preftune.training.failpoints import failpoint
 from preftune.training.manifest import RunManifest, Session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.special import gammaln
@@ -41,3 +41,17 @@ def best_of_n_kl(probabilities: Sequence[float], n: int) -> float:
     q = np.diff(cumulative**n)
     seen = q > 0
     return float((q[seen] * np.log(q[seen] / (p[seen] / p.sum()))).sum())
+
+
+def best_of_n_curve(scores: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """Mean score of the best of 1, 2, 4, ... N, estimated without bias from N samples of each prompt, and the bound of its KL in nats."""
+    count = min(map(len, scores))
+    sizes = [2**k for k in range(count.bit_length()) if 2**k < count] + [count]
+    mean = lambda n: float(np.mean([best_of_n_value(one, one, n) for one in scores]))
+    return [{"n": n, "score": mean(n), "kl_bound": best_of_n_kl_bound(n)} for n in sizes]
+
+
+def in_words(curve: Sequence[Mapping[str, float]]) -> str:
+    """A curve in a line."""
+    scores = ", ".join(f"{one['score']:.3f} of {one['n']:.0f}" for one in curve)
+    return f"expected best {scores} (KL at most {curve[-1]['kl_bound']:.2f} nats)"
