@@ -135,7 +135,7 @@ def test_the_other_commands_reach_their_rooms(fake: Any, capsys: pytest.CaptureF
     shown_with = sys.modules["preftune.cli.data"]
     shown_with.app = lambda words, **options: shown.append((words, options)) or 0  # type: ignore[attr-defined]
     assert [cli.run(w.split()) for w in ("quickstart --output q", "chat m", "report runs/x", "data show f.jsonl --format trl")] == [0] * 4
-    assert (started[0][0], talked, written) == (Path("q"), [("m",)], [(Path("runs/x"),)])
+    assert (started[0][0], talked[0][0], written) == (Path("q"), "m", [(Path("runs/x"),)])
     assert shown[0][0] == ["show", "f.jsonl", "--format", "trl"]
     assert capsys.readouterr().out == "runs/x/report.html\n"
 
