@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.common import HH, ROOT
 from preftune import formats
@@ -113,6 +114,7 @@ class Bench:
         self.examples, self.held = pairs(str(options.data), options.records, options.held_out)
         names = ("model", "steps", "prompts_per_step", "max_length", "records", "held_out", "new_tokens", "written", "precision")
         self.setup = {"data": Path(str(options.data)).name, **{name: getattr(options, name) for name in names}}
+        self.setup["threads"] = torch.get_num_threads()
 
     def prepare(self) -> None:
         """Write the records; refuse a folder whose results were made in another way."""

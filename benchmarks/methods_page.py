@@ -99,7 +99,8 @@ def _columns(setup: Row) -> str:
         "over the SFT start than the other (policies, whatever their loss compares); a tie counts one half. Interval: 95%, prompts "
         f"resampled. KL: to the SFT start in nats, over the policy's own responses to {setup['written']} held-out prompts at "
         f"temperature 1, at most {setup['new_tokens']} tokens, for a whole response and for a token of it. Length: tokens of its greedy "
-        "responses, cut there, too. Training: the time of the steps. The last loss is in each method's own units: it compares with none.\n"
+        f"responses, cut there, too. Training: the time of the steps, CPU threads: {setup['threads']}. "
+        "The last loss is in each method's own units: it compares with none.\n"
     )
 
 

@@ -76,7 +76,7 @@ def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     setup = {"model": "m", "data": "pairs.jsonl", "steps": 24, "prompts_per_step": 8, "records": 192, "max_length": 512}
-    (tmp_path / "setup.json").write_text(json.dumps({**setup, "written": 16, "new_tokens": 48}))
+    (tmp_path / "setup.json").write_text(json.dumps({**setup, "written": 16, "new_tokens": 48, "threads": 2}))
     shared = {"data": "pairs", "lr": 5e-6, "seconds": 83.0, "final_loss": 0.654321, "length_accuracy": estimate(0.512, 0.05)}
     policy = lambda kl: {"kl": estimate(kl, kl / 2), "kl_per_token": estimate(kl / 40), "length": estimate(41.0)}
     rows = {

@@ -140,7 +140,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server: Server, monkeypatch
 
 
 def test_the_number_is_the_last_match_or_its_group(server: Server) -> None:
-    server.reply = lambda body, count: (200, "Between 1 and 10: helpful 8, so [[6.5]]")
+    server.reply = lambda body, count: (200, "Between 1 and 10: helpful 2? No, helpful 8, so [[6.5]]")
     assert judge(server)([Example("q", (Response("a"),))]) == [[6.5]]
     assert judge(server, pattern=r"helpful (\d+)")([Example("q", (Response("a"),))]) == [[8.0]]
     with pytest.raises(UserError, match="pattern"):

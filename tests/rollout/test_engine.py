@@ -216,6 +216,19 @@ def test_regression_14_the_drawing_distribution_is_reported_beside_temperature_1
         np.testing.assert_allclose(sample.drawn_logp, (kept / kept.sum(1, keepdim=True)).gather(1, at).squeeze(1).log(), atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_prepared_weights_give_the_products_of_plain_ones(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(48, 40, bias=bias)
+    x = torch.randn(3, 48)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+    with torch.no_grad(), prepared(torch.nn.Sequential(layer), torch.bfloat16):
+        fast = layer(x)
+    assert fast.dtype == plain.dtype == torch.bfloat16 and (fast.float() - plain.float()).abs().max() < 0.02
+    assert (layer(x) - plain.float()).abs().max() < 0.02 and layer(x).dtype == torch.float32
+
+
 def test_bf16_uses_the_trainer_s_numbers_and_leaves_the_weights_as_they_were() -> None:
     model = policy(compute=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
