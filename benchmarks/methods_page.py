@@ -55,13 +55,19 @@ def page(setup: Row, rows: Sequence[Row], missing: Sequence[str]) -> str:
         reading(trained),
         _left_out(rows, missing),
         "## Again\n",
-        "```\npython -m benchmarks.methods\npython -m benchmarks.methods --write\n```\n",
+        f"```\npython -m benchmarks.methods {_options(setup)}\npython -m benchmarks.methods --write\n```\n",
         "Each row is one file of results, written whole; stopped or killed, the first command goes on where it was. A row by hand, from a "
         "model that saw the preferred responses (`preftune train sft model=smollm2 data=pairs.jsonl output=runs/start`), is "
         "`preftune train METHOD model=runs/start/final data=pairs.jsonl output=runs/mine`, then "
         "`preftune evaluate runs/mine/final held-out.jsonl --reference runs/start/final`.\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _options(setup: Row) -> str:
+    """What the command is told to do the same again."""
+    names = ("steps", "records", "held_out", "max_length", "written", "new_tokens")
+    return " ".join(f"--{name.replace('_', '-')} {setup[name]}" for name in names if name in setup)
 
 
 def table(rows: Sequence[Row]) -> str:
