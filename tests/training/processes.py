@@ -2,9 +2,13 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
+_starting_or_reading = threading.Lock()
+"""Starting a process reads the exit status of any other that has ended; two threads that read one status at a time make it 255."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -22,15 +26,18 @@ _context.set_forkserver_preload(
 def start(target: Callable[..., Any], *args: Any, failpoint: str = "") -> multiprocessing.process.BaseProcess:
     """`target(*args)` in a new process, with PREFTUNE_FAILPOINT set to `failpoint` there."""
     process = _context.Process(target=_call, args=(failpoint, target, args))
-    process.start()
+    with _starting_or_reading:
+        process.start()
     return process
 
 
 def run(target: Callable[..., Any], *args: Any, failpoint: str = "") -> int:
     """Run to the end; the exit code, negative for a signal."""
     process = start(target, *args, failpoint=failpoint)
-    process.join(60)
-    assert process.exitcode is not None, "the process hangs"
+    assert connection.wait([process.sentinel], 60), "the process hangs"
+    with _starting_or_reading:
+        process.join()
+    assert process.exitcode is not None
     return process.exitcode
 
 
