@@ -34,6 +34,7 @@ FLOORS = [
     {"evaluation"},
     {"report"},
     {"rounds"},
+    {"online"},
     {"quickstart"},
     {"cli"},
 ]

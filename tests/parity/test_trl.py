@@ -95,7 +95,7 @@ def test_dpo_loss_and_gradient_equal_trl(rows, tmp_path):
     assert sum(t.tokens for t in trees) < batch["attention_mask"].sum()
     method = find("dpo")
     packed = collate(trees, Totals.of(trees), method.reduction)
-    out = Outputs(token_logp=ours(packed), reference_logp=live_reference(frozen)(packed))
+    out = Outputs(token_logp=ours(packed), reference_logp=packed.per_response(live_reference(frozen)(packed)))
     found, _ = method.loss(out, packed, method.knobs(beta=0.1))
     found.backward()
     assert abs(loss.item() - np.log(2)) > 0.05, "the two models must differ for the comparison to mean anything"

@@ -55,7 +55,7 @@ def ours(name: str, trees: list[Tree], policy: Any, reference: Any = None, **kno
     """Our loss and gradients on the trees."""
     model, method = LanguageModel(ours_with_tree_attention(policy)), find(name)
     batch = collate(trees, Totals.of(trees), method.reduction)
-    frozen = None if reference is None else live_reference(LanguageModel(ours_with_tree_attention(reference)))(batch)
+    frozen = None if reference is None else batch.per_response(live_reference(LanguageModel(ours_with_tree_attention(reference)))(batch))
     loss, _ = method.loss(Outputs(token_logp=model(batch), reference_logp=frozen), batch, method.knobs(**knobs))
     loss.backward()
     return loss, gradients(model.hf)

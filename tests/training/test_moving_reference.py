@@ -145,7 +145,7 @@ def test_its_log_probabilities_are_without_dropout_and_gradient() -> None:
     one, two = moving(learner)(batch), moving(learner)(batch)
     assert torch.equal(one, two) and not one.requires_grad and learner.model.training
     learner.model.eval()
-    assert torch.equal(one, batch.per_response(learner.model(batch)))
+    assert torch.equal(one, learner.model(batch))
 
 
 def test_a_step_that_is_not_taken_does_not_move_it() -> None:

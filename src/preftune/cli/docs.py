@@ -17,9 +17,11 @@ from pydantic import BaseModel
 
 from preftune.configschema import Row, keys
 from preftune.methods import METHODS, Method
+from preftune.online.config import OnlineConfig
+from preftune.online.methods import ONLINE, Online, config_kind
 from preftune.packing.chat import Tree
 from preftune.rounds.config import RoundsConfig
-from preftune.rounds.methods import ITERATED, Iterated, config_kind
+from preftune.rounds.methods import ITERATED, Iterated
 from preftune.training.config import RunConfig, run_config
 
 CONFIGURATION = Path("docs/configuration.md")
@@ -33,6 +35,8 @@ _ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 _ROUNDS_ALONE = RoundsConfig.model_fields.keys() - RunConfig.model_fields.keys()
 """Keys that only a run in rounds has."""
+_ONLINE_ALONE = OnlineConfig.model_fields.keys() - RunConfig.model_fields.keys()
+"""Keys that only an online run has."""
 
 _INTRODUCTION = """\
 # Configuration
@@ -62,7 +66,10 @@ def configuration_page() -> str:
     parts += [_method_section(name, method) for name, method in METHODS.items()]
     shared = [row for row in keys(RoundsConfig) if row.key.partition(".")[0] in _ROUNDS_ALONE]
     parts.append("## Keys of every method in rounds\n\n" + _table(shared))
-    parts += [_rounds_section(row) for row in ITERATED.values()]
+    parts += [_own_section(row) for row in ITERATED.values()]
+    shared = [row for row in keys(OnlineConfig) if row.key.partition(".")[0] in _ONLINE_ALONE]
+    parts.append("## Keys of every online method\n\n" + _table(shared))
+    parts += [_own_section(row) for row in ONLINE.values()]
     parts.append("## Commands\n\n" + "\n".join(f"- `preftune {name}`: {help}" for name, help in commands()) + "\n")
     return "\n".join(parts)
 
@@ -77,7 +84,7 @@ def methods_table() -> str:
 
 def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
     """Name, title, needs, paper and summary of each method, as words."""
-    rows: list[tuple[str, Method | Iterated]] = [*METHODS.items(), *ITERATED.items()]
+    rows: list[tuple[str, Method | Iterated | Online]] = [*METHODS.items(), *ITERATED.items(), *ONLINE.items()]
     for name, method in rows:
         yield name, method.title, method.needs, method.paper or "-", method.summary
 
@@ -139,7 +146,7 @@ def _method_section(name: str, method: Any) -> str:
     return "\n".join(lines)
 
 
-def _rounds_section(row: Iterated) -> str:
+def _own_section(row: Iterated | Online) -> str:
     kind = config_kind(row.name)
     defaults = ", ".join(f"`{one.key}: {one.default}`" for one in keys(kind) if one.key in _dotted(row.defaults))
     lines = [f"## `{row.name}`: {row.title}\n", f"{_sentence(row.summary)} {row.when}\n", f"Each record needs {row.needs}.\n"]

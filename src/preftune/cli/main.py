@@ -85,12 +85,17 @@ def check(words: Words = None) -> None:
     """Prove before step 1 that your model and data fit together; each line passes or fails with its cause."""
     name, config = resolve(words or [])
     from preftune.cli.console import progress_console
+    from preftune.online.config import OnlineConfig
     from preftune.rounds.config import RoundsConfig
 
     if isinstance(config, RoundsConfig):
         from preftune.rounds.ready import check as in_rounds
 
         raise typer.Exit(0 if in_rounds(name, config, progress_console()) else EXIT_USER)
+    if isinstance(config, OnlineConfig):
+        from preftune.online.ready import check as online
+
+        raise typer.Exit(0 if online(name, config, progress_console()) else EXIT_USER)
     from preftune.training.check import check as run
 
     raise typer.Exit(0 if run(name, config, progress_console()) else EXIT_USER)
@@ -113,7 +118,7 @@ def show_config(
     from preftune.cli.console import say
 
     name, path, overrides = parse(words or [])
-    from preftune.rounds.methods import config_kind  # which needs torch: not before the words are known to be sound
+    from preftune.online.methods import config_kind  # which needs torch: not before the words are known to be sound
 
     kind = config_kind(name)
     if schema:
@@ -223,13 +228,18 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a 
 
 
 def start(name: str, config: RunConfig, console: Console) -> int:
-    """Train as the config says, at once or in rounds; returns the exit code."""
+    """Train as the config says, at once, in rounds or online; returns the exit code."""
+    from preftune.online.config import OnlineConfig
     from preftune.rounds.config import RoundsConfig
 
     if isinstance(config, RoundsConfig):
         from preftune.rounds.run import train as in_rounds
 
         return in_rounds(name, config, console)
+    if isinstance(config, OnlineConfig):
+        from preftune.online.run import train as online
+
+        return online(name, config, console)
     from preftune.training.run import train as at_once
 
     return at_once(name, config, console)
@@ -267,7 +277,7 @@ def resolve(words: Sequence[str]) -> tuple[str, RunConfig]:
     from preftune.configfile import load
 
     name, path, overrides = parse(words)
-    from preftune.rounds.methods import config_kind  # which needs torch: not before the words are known to be sound
+    from preftune.online.methods import config_kind  # which needs torch: not before the words are known to be sound
 
     return name, load(config_kind(name), path, overrides)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +34,12 @@ class Outputs:
     """[G, N] summed log-probability under the frozen reference."""
     survey: float | None = None
     """What the method's survey found for the whole step."""
+    entropy: Tensor | None = None
+    """[M] entropy (nats) of the policy where it drew each token."""
+    values: Tensor | None = None
+    """[M] the critic's value of the state in which each token was drawn."""
+    coefficients: Mapping[str, float] | None = None
+    """Weights that are steered from rollout to rollout, as they stand."""
 
 
 Keep = Callable[[Tree, Any], Tree | str]

@@ -12,7 +12,7 @@ CHUNK_BYTES = 128 * 2**20
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[target], chunk by chunk; the chunk is computed again in backward."""
+    """log softmax(hidden @ weight.T + bias)[target] and the entropy, chunk by chunk; the chunk is computed again in backward."""
 
     @staticmethod
     def forward(
@@ -24,23 +24,28 @@ class _ChunkedLogProbs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         compute: torch.dtype,
-    ) -> Tensor:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         lse = torch.empty(len(hidden), dtype=_accumulate(compute), device=hidden.device)
         picked = torch.empty_like(lse)
+        entropy = torch.empty_like(lse) if with_entropy else None
         w = weight.to(compute)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits, _ = finished(hidden[part].to(compute) @ w.T, bias, scale, softcap, compute)
             lse[part] = torch.logsumexp(logits, dim=-1)
             picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+            if entropy is not None:
+                logp = logits.sub_(lse[part, None])
+                entropy[part] = -(logp.exp() * logp).sum(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.options = (scale, softcap, compute, rows)
-        return picked - lse
+        return picked - lse, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         scale, softcap, compute, rows = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -53,7 +58,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             h = hidden[part].to(compute)
             logits, slope = finished(h @ w.T, bias, scale, softcap, compute)
             g = grad[part, None].to(precise)
-            d = logits.sub_(lse[part, None]).exp_().mul_(-g)
+            logp = logits.sub_(lse[part, None])
+            pull = g
+            if entropy is not None and grad_entropy is not None:
+                pull = (logp + entropy[part, None]).mul_(grad_entropy[part, None].to(precise)).add_(g)
+            d = logp.exp_().mul_(-pull)
             d.scatter_add_(1, targets[part, None], g)
             if slope is not None:
                 d.mul_(slope)
@@ -70,7 +79,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 else:
                     d_weight += d.T @ h
         cast = lambda t, like: None if t is None else t.to(like.dtype)
-        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None
+        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None, None
 
 
 def _accumulate(compute: torch.dtype) -> torch.dtype:
@@ -110,4 +119,19 @@ def chunked_logprobs(
     Logits are `scale * cap(hidden @ weight.T + bias)`, cap(z) = softcap * tanh(z / softcap) where a soft cap is set; products run in
     `compute`, softmax in fp32 (in float64 for float64 products). Equals `log_softmax(...).gather(...)` in value and gradient.
     """
-    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute)
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute, False)[0]
+
+
+def chunked_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """What `chunked_logprobs` gives, and the [M] entropy (nats) of each token's distribution, from one pass over the logits."""
+    found: tuple[Tensor, Tensor] = _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute, True)
+    return found

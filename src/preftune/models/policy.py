@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from preftune.errors import UserError
 from preftune.models.attention import NAME as TREE
 from preftune.models.attention import TreePlan
-from preftune.models.logprobs import chunked_logprobs
+from preftune.models.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
 from preftune.models.scoring import Scoring, scoring_of
 from preftune.packing.batch import Batch, collate
 from preftune.packing.chat import Tree
@@ -108,14 +108,24 @@ class LanguageModel(nn.Module):
         return self.backbone.hf
 
     def forward(self, batch: Batch) -> Tensor:
-        """[M] fp32 log-probability of each response token given all before it, at temperature 1."""
+        """[M] fp32 log-probability of each response token given all before it, at the batch's temperature."""
         return token_logprobs(self.backbone, self.backbone(batch), batch)
 
 
 def token_logprobs(backbone: Backbone, states: Tensor, batch: Batch) -> Tensor:
     """[M] fp32 log-probabilities from the [T, D] hidden states of `batch`, through the language head of the model inside."""
+    return chunked_logprobs(**_of_tokens(backbone, states, batch))
+
+
+def token_logprobs_and_entropy(backbone: Backbone, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What `token_logprobs` gives, and the [M] entropy (nats) of the distributions that the tokens come from."""
+    return chunked_logprobs_and_entropy(**_of_tokens(backbone, states, batch))
+
+
+def _of_tokens(backbone: Backbone, states: Tensor, batch: Batch) -> dict[str, Any]:
     weight, options = language_head(backbone)
-    return chunked_logprobs(states.index_select(0, batch.predict), weight, batch.targets, **options)
+    options["scale"] /= batch.temperature
+    return {"hidden": states.index_select(0, batch.predict), "weight": weight, "targets": batch.targets, **options}
 
 
 def language_head(backbone: Backbone) -> tuple[Tensor, dict[str, Any]]:

@@ -5,8 +5,8 @@ Legend: G prompts, N responses a prompt at most, R responses in all, T packed to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,10 @@ class Batch:
     """[G, N] 1 desirable, 0 undesirable, NaN unlabelled."""
     rated: Tensor | None = None
     """[G, N, A] the ratings to be learnt, NaN where unrated."""
+    told: Mapping[str, Tensor] = field(default_factory=dict)
+    """[M] numbers of the tokens that carry loss, by name: what was known of them before this step."""
+    temperature: float = 1.0
+    """Log-probabilities are those of the logits divided by this."""
 
     @property
     def best(self) -> Tensor:
@@ -123,7 +127,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, told={name: values.to(device) for name, values in self.told.items()}, **moved)
 
     def per_response(self, values: Tensor) -> Tensor:
         """Sum [M] token values into [G, N] float64: sums of thousands of log-probabilities are large, and losses read their differences."""
@@ -237,6 +241,7 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
         margin=maybe(margin),
         labels=maybe(labels),
         rated=maybe(rated),
+        told={name: torch.from_numpy(np.concatenate([v for t in trees for v in t.told[name]])).float() for name in trees[0].told},
     )
 
 

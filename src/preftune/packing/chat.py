@@ -55,6 +55,7 @@ class Tree:
     rated: np.ndarray | None = None  # [N, A] float64, the ratings a method learns, in the order of its heads; NaN where unrated
     weights: np.ndarray | None = None  # [N] float64, how much each response counts in a token loss; None is 1
     carries: tuple[np.ndarray, ...] | None = None  # N arrays of [R_n] bool, which tokens carry loss; None is all
+    told: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)  # name -> N arrays, a number for each token that carries loss
     source: str = ""
 
     def loss_tokens(self, n: int) -> int:
@@ -88,6 +89,7 @@ class Tree:
             rated=some(self.rated),
             weights=some(self.weights),
             carries=None if self.carries is None else tuple(self.carries[i] for i in indices),
+            told={name: tuple(values[i] for i in indices) for name, values in self.told.items()},
         )
 
 

@@ -78,7 +78,7 @@ def training_config(row: Iterated, config: RoundsConfig, model: str, data: Path,
     return name, load_config(run_config(method.knobs, method.defaults, compares=method.compares), None, base={**shared, **own, **alone})
 
 
-def read_prompts(config: RoundsConfig) -> tuple[list[Example], list[Example], dict[str, str]]:
+def read_prompts(config: RunConfig) -> tuple[list[Example], list[Example], dict[str, str]]:
     """Prompts to train on, those held out, and the hashes of their files."""
 
     def read(data: DataConfig) -> tuple[list[Example], dict[str, str]]:

@@ -59,13 +59,21 @@ class Schedule:
         return self.peak * (self.floor + (1 - self.floor) * fall)
 
 
-def make_optimizer(parameters: dict[str, Tensor], *, weight_decay: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only, as is usual."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+def make_optimizer(
+    parameters: dict[str, Tensor],
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices only, as is usual. `lr_scale` of a parameter's name multiplies the schedule's learning rate."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        decay, scale = weight_decay if parameter.ndim >= 2 else 0.0, lr_scale(name)
+        matrix = float(parameter.ndim >= 2)
+        groups.setdefault((scale, -matrix), {"params": [], "weight_decay": decay, "lr_scale": scale})["params"].append(parameter)
+    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 @dataclass
@@ -91,7 +99,7 @@ class Learner:
         reference = batch.reference_logp
         if self.method.compares(self.knobs) and reference is None:
             assert self.reference is not None
-            reference = self.reference(batch)
+            reference = batch.per_response(self.reference(batch))
         if isinstance(self.model, RewardModel):
             if not self.method.language_head(self.knobs):
                 return Outputs(rewards=self.model(batch))
@@ -125,29 +133,41 @@ class Learner:
         assert self.optimizer is not None and self.schedule is not None
         self.model.train()  # for gradient checkpointing and an adapter's dropout: the model's own dropout is 0
         sums: dict[str, float] = {}
-        survey = self.survey(trees, give_up)
-        for batch in self._batches(trees):
-            if give_up():
-                self.optimizer.zero_grad(set_to_none=True)
-                raise Interrupted
-            loss, metrics = self.loss(batch, survey)
-            if loss.isfinite():
-                loss.backward()
-            _add(sums, loss, metrics)
+        try:
+            for loss, metrics in self.losses(trees, index, give_up):
+                if loss.isfinite():
+                    loss.backward()
+                _add(sums, loss, metrics)
+        except Interrupted:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         sums = self.world.sum_numbers(sums)
         self.world.sum_gradients(self.parameters.values())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        norms = [torch.nn.utils.clip_grad_norm_(part.values(), self.clip_norm) for part in self.clipped_apart()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         lr = self.schedule(index)
         taken = bool(norm.isfinite()) and math.isfinite(sums["loss"])
         if taken:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             self.optimizer.step()
             if isinstance(self.reference, MovingReference):
                 self.reference.follow(index + 1)
         self.optimizer.zero_grad(set_to_none=True)
         ids, where = tuple(t.id for t in trees), tuple(t.where for t in trees)
         return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids, where)
+
+    def losses(self, trees: Sequence[Tree], index: int, give_up: Callable[[], bool]) -> Iterator[tuple[Tensor, Metrics]]:
+        """The micro-batches' losses and metrics, whose sums are those of the whole step."""
+        survey = self.survey(trees, give_up)
+        for batch in self._batches(trees):
+            if give_up():
+                raise Interrupted
+            yield self.loss(batch, survey)
+
+    def clipped_apart(self) -> list[dict[str, Tensor]]:
+        """Parameters whose gradients are clipped together, part by part."""
+        return [self.parameters]
 
     @torch.no_grad()
     def evaluate(

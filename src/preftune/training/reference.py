@@ -19,7 +19,7 @@ from preftune.packing.chat import Tree
 from preftune.training.durable import explained, replace_file
 
 Reference = Callable[[Batch], Tensor]
-"""A batch to [G, N] summed log-probabilities, without gradient."""
+"""A batch to the [M] log-probabilities of its tokens, without gradient."""
 
 
 def live_reference(model: LanguageModel, without: Callable[[], AbstractContextManager[None]] = nullcontext) -> Reference:
@@ -27,7 +27,7 @@ def live_reference(model: LanguageModel, without: Callable[[], AbstractContextMa
 
     def logp(batch: Batch) -> Tensor:
         with torch.no_grad(), without():
-            return batch.per_response(model(batch))
+            return model(batch)
 
     return logp
 
@@ -44,11 +44,12 @@ class MovingReference:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        """[G, N] summed log-probabilities under the reference as it stands, dropout off."""
+        """[M] log-probabilities under the reference as it stands, dropout off."""
         training = self.model.training
         self.model.eval()
         try:
-            return batch.per_response(torch.func.functional_call(self.model, self.tensors, (batch,)))
+            found: Tensor = torch.func.functional_call(self.model, self.tensors, (batch,))
+            return found
         finally:
             self.model.train(training)
 
@@ -71,7 +72,8 @@ def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int,
     values = [np.zeros(len(t.responses)) for t in trees]
     done = 0
     for part in microbatches(trees, budget):
-        grid = reference(collate([trees[i] for i in part]).to(device)).double().cpu().numpy()
+        batch = collate([trees[i] for i in part]).to(device)
+        grid = batch.per_response(reference(batch)).cpu().numpy()
         for row, index in enumerate(part):
             values[index] = grid[row, : len(values[index])]
         done += len(part)

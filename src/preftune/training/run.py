@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,6 +113,7 @@ class Run:
         self.progress = Progress(**found.state["progress"])
         self.saved_step = step
         self.rng = found.state["rng"]
+        self.recall(found.state)
         if self.directory is not None:
             self.directory.metrics.truncate(step, evaluated=not self.progress.evaluation_due)
         self.console.print(f"Resuming after step {step}.")
@@ -122,7 +124,7 @@ class Run:
             return
         if self.directory is not None:
             self.directory.metrics.sync()
-            state = {"cursor": asdict(self.position.cursor), "progress": asdict(self.progress), "rng": self.rng}
+            state = {"cursor": asdict(self.position.cursor), "progress": asdict(self.progress), "rng": self.rng, **self.memory()}
             best = self.progress.best_step
             checkpoint.save(
                 self.directory.checkpoints,
@@ -133,6 +135,26 @@ class Run:
                 protect=() if best is None else (best,),
             )
         self.saved_step = self.position.step
+
+    def memory(self) -> dict[str, Any]:
+        """What else a checkpoint must remember, as JSON."""
+        return {}
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Take back what `memory` gave."""
+
+    def steps(self, total: int) -> Iterator[tuple[Position, Step]]:
+        """The steps up to number `total` that are left, each taken when it is asked for."""
+        return fit(
+            self.setup.learner,
+            self.setup.train.trees,
+            prompts_per_step=self.config.prompts_per_step,
+            epochs=self.config.epochs,
+            max_steps=total,
+            seed=self.config.seed,
+            start=self.position,
+            give_up=lambda: self.give_up("step"),
+        )
 
     def log_step(self, step: Step, seconds: float) -> None:
         """Add the step's row to the metrics."""
@@ -198,16 +220,7 @@ class Run:
                 self.progress.evaluation_due = bool(config.eval_every)
             self._settle(total)
             start = time.monotonic()
-            for position, step in fit(
-                self.setup.learner,
-                self.setup.train.trees,
-                prompts_per_step=config.prompts_per_step,
-                epochs=config.epochs,
-                max_steps=0 if self.progress.stopped_early else total,
-                seed=config.seed,
-                start=self.position,
-                give_up=lambda: self.give_up("step"),
-            ):
+            for position, step in self.steps(0 if self.progress.stopped_early else total):
                 self.position, self.rng = position, checkpoint.rng_state()
                 failpoint("step")
                 self.log_step(step, time.monotonic() - start)

@@ -1,0 +1,159 @@
+"""The judges of a run and what they said of a rollout: scores of responses, of segments, and those that are only watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preftune.objectives.token_rewards import missing_end, overlong_penalty
+from preftune.online.config import DenseConfig, OnlineConfig
+from preftune.online.segments import asked, laid, offsets
+from preftune.packing.chat import ChatTokenizer
+from preftune.records import Example, Response
+from preftune.rewards.judge import Opened, header, score
+from preftune.rollout.journal import Journal
+from preftune.rollout.samples import Sample
+from preftune.training.failpoints import failpoint
+from preftune.training.learner import Interrupted
+
+
+@dataclass
+class Judges:
+    """Who scores: the judge, those of segments by name, and the one that is only watched."""
+
+    judge: Opened
+    dense: dict[str, Opened]
+    gold: Opened | None
+
+    @property
+    def everyone(self) -> list[Opened]:
+        """All of them."""
+        return [self.judge, *self.dense.values(), *([self.gold] if self.gold else [])]
+
+
+@dataclass
+class Judged:
+    """Records, samples and what judges said of them, prompt by prompt."""
+
+    examples: list[Example]
+    samples: list[list[Sample]]
+    scores: np.ndarray
+    """[G, N]"""
+    parts: dict[str, np.ndarray]
+    """[G, N] by name, where the judge has several parts."""
+    dense: list[list[np.ndarray]]
+    """Rewards of segments, a number for each token of each response."""
+
+    @property
+    def uneven(self) -> list[int]:
+        """Prompts whose responses do not all score the same."""
+        return [g for g, row in enumerate(self.scores) if row.max() > row.min()]
+
+    def only(self, kept: Sequence[int]) -> Judged:
+        """These prompts alone."""
+        pick = lambda values: [values[g] for g in kept]
+        parts = {name: values[list(kept)] for name, values in self.parts.items()}
+        return Judged(pick(self.examples), pick(self.samples), self.scores[list(kept)], parts, pick(self.dense))
+
+    def joined(self, other: Judged) -> Judged:
+        """These prompts and the others."""
+        parts = {name: np.concatenate([values, other.parts[name]]) for name, values in self.parts.items()}
+        scores = np.concatenate([self.scores, other.scores])
+        return Judged(self.examples + other.examples, self.samples + other.samples, scores, parts, self.dense + other.dense)
+
+
+@dataclass
+class Judging:
+    """Puts samples to the judges; what they say is kept on disk as it comes."""
+
+    config: OnlineConfig
+    tokenizer: ChatTokenizer
+    judges: Judges
+    give_up: Callable[[], bool]
+
+    def text(self, one: Sample) -> str:
+        """What a judge reads of a sample."""
+        return self.tokenizer.decode(one.ids)[: one.text_end].strip()
+
+    def record(self, example: Example, samples: Sequence[Sample]) -> Example:
+        """A prompt with its samples as the judge reads them. A cut response without a letter counts as an empty one that ended."""
+        texts = [self.text(s) for s in samples]
+        responses = tuple(Response(text, finished=s.finish == "stop" or not text) for s, text in zip(samples, texts, strict=True))
+        return replace(example, responses=responses)
+
+    def ask(self, path: Path, examples: Sequence[Example], judge: Opened) -> list[Example]:
+        """The records with the judge's scores. Raises Interrupted."""
+        with Journal(path, header(examples, judge)) as journal:
+            found = score(examples, judge.judge, journal, give_up=self.give_up)
+        if found is None:
+            raise Interrupted
+        failpoint("rollout.scored")
+        return found
+
+    def judged(self, folder: Path, prompts: Sequence[Example], samples: list[list[Sample]]) -> Judged:
+        """The judge's scores of the samples, and the rewards of their segments."""
+        examples = [self.record(example, mine) for example, mine in zip(prompts, samples, strict=True)]
+        scored = self.ask(folder / "scores.jsonl", examples, self.judges.judge)
+        parts = {name: np.array([[r.meta["scores"][name] for r in e.responses] for e in scored]) for name in self.config.judge.parts}
+        dense = [[np.zeros(len(s.ids)) for s in mine] for mine in samples]
+        for name, opened in self.judges.dense.items():
+            self._segments(folder / f"scores-{name}.jsonl", opened, self.config.dense[name], examples, samples, dense)
+        return Judged(examples, samples, scores_in(scored), parts, dense)
+
+    def _segments(
+        self,
+        path: Path,
+        opened: Opened,
+        config: DenseConfig,
+        examples: Sequence[Example],
+        samples: list[list[Sample]],
+        into: list[list[np.ndarray]],
+    ) -> None:
+        """Add the rewards of segments to `into`."""
+        placed = [[offsets(s.ids, self.tokenizer.decode) for s in mine] for mine in samples]
+        asking = [asked(e, [text for text, _ in mine], config) for e, mine in zip(examples, placed, strict=True)]
+        some = [g for g, (e, _) in enumerate(asking) if e.responses]
+        said = self.ask(path, [asking[g][0] for g in some], opened)
+        for g, scores in zip(some, map(_row, said), strict=True):
+            for n, rewards in enumerate(laid(np.array(scores), asking[g][1], [where for _, where in placed[g]], config)):
+                into[g][n] += rewards
+
+    def counted(self, scores: Tensor, finished: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """[G, N] scores and weights in the loss, after the rules for cut and long responses (D.8)."""
+        knobs = self.config.knobs
+        if knobs.reward_clip is not None:
+            scores = scores.clamp(-knobs.reward_clip, knobs.reward_clip)
+        weights = torch.ones_like(scores)
+        if knobs.missing_eos != "keep":
+            scores, weights = missing_end(scores, finished, knobs.missing_eos, knobs.missing_eos_penalty)
+        if knobs.overlong is not None:
+            scores = scores + overlong_penalty(lengths, self.config.rollout.max_new_tokens, knobs.overlong)
+        return scores, weights
+
+    def combined(self, found: Judged) -> Tensor:
+        """[G, N] the judge's scores; of parts each on one scale where that is asked."""
+        if not self.config.normalise_parts:
+            return torch.from_numpy(found.scores)
+        scaled = lambda values: (values - values.mean()) / (values.std(ddof=1) + 1e-4) if values.size > 1 else values * 0
+        weights = self.config.judge.weights
+        return torch.from_numpy(np.sum([weights.get(name, 1.0) * scaled(values) for name, values in found.parts.items()], axis=0))
+
+
+def scores_in(scored: Sequence[Example]) -> np.ndarray:
+    """[G, N] the scores of records."""
+    return np.array([_row(example) for example in scored])
+
+
+def _row(example: Example) -> list[float]:
+    return [float(r.score) for r in example.responses]  # type: ignore[arg-type]
+
+
+def shape_of(samples: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor]:
+    """[G, N] whether samples came to their end, and their tokens."""
+    finished = torch.tensor([[s.finish == "stop" for s in mine] for mine in samples])
+    return finished, torch.tensor([[len(s.ids) for s in mine] for mine in samples])

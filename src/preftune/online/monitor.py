@@ -1,0 +1,128 @@
+"""What a rollout says of itself, and when that means that the reward is being exploited (2307.04964; methods H.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from preftune.objectives.value import explained_variance
+from preftune.online.config import AlarmConfig
+from preftune.online.gathered import Gathered
+
+Figures = dict[str, float]
+
+
+def lengths_of(tokens: Sequence[int], finished: Sequence[bool]) -> Figures:
+    """Length of responses and its quantiles, and the share that ended by themselves."""
+    low, middle, high = np.quantile(tokens, [0.1, 0.5, 0.9])
+    return {
+        "response_tokens": float(np.mean(tokens)),
+        "response_tokens_p10": float(low),
+        "response_tokens_p50": float(middle),
+        "response_tokens_p90": float(high),
+        "finished": float(np.mean(finished)),
+    }
+
+
+def scores_of(scores: np.ndarray, name: str = "score") -> Figures:
+    """Mean, deviation and range of [G, N] scores, NaN left out; and the share of prompts whose responses all score the same."""
+    known = scores[~np.isnan(scores)]
+    if not len(known):
+        return {}
+    found = {
+        name: float(known.mean()),
+        f"{name}_std": float(known.std()),
+        f"{name}_min": float(known.min()),
+        f"{name}_max": float(known.max()),
+    }
+    if scores.shape[1] > 1:
+        found[f"equal_{name}s"] = float(np.mean([np.ptp(row[~np.isnan(row)]) == 0 if (~np.isnan(row)).any() else True for row in scores]))
+    return found
+
+
+def distances(logp: Tensor, reference: Tensor | None, mask: Tensor) -> Figures:
+    """Of [R, T] log-probabilities at the sampling temperature: perplexities, KL to the reference a token and a response.
+
+    KL as the mean log ratio (k1, may be negative) and as the k3 estimate, which never is.
+    """
+    count, each = mask.sum(), mask.sum(1) > 0
+    mean = lambda values: float((values * mask).sum() / count)
+    found = {"policy_perplexity": float(np.exp(-mean(logp)))}
+    if reference is None:
+        return found
+    gap = (logp - reference).clamp(-20, 20) * mask
+    k3 = ((-gap).expm1() + gap) * mask
+    return found | {
+        "kl_token": mean(gap),
+        "kl_response": float(gap.sum(1)[each].mean()),
+        "kl_response_k3": float(k3.sum(1)[each].mean()),
+        "reference_perplexity": float(np.exp(-mean(reference))),
+    }
+
+
+def repetition(ids: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of n-grams, of all responses, that their own response had before."""
+    total = repeated = 0
+    for one in ids:
+        grams = [tuple(one[i : i + n]) for i in range(len(one) - n + 1)]
+        total, repeated = total + len(grams), repeated + len(grams) - len(set(grams))
+    return repeated / total if total else 0.0
+
+
+def of_critic(found: Gathered, returns: Tensor | None) -> Figures:
+    """How much of the returns the critic foresaw."""
+    if returns is None or found.values is None:
+        return {}
+    return {"explained_variance": float(explained_variance(found.values, returns, found.counted))}
+
+
+def alarm(history: Sequence[Figures], config: AlarmConfig) -> str | None:
+    """What is wrong after the newest rollout, in words; None where nothing is.
+
+    The first `window` rollouts make the bands, and the newest `window` are compared with them. Perplexity under the reference and length
+    count only while the score rises; a KL over its bound always does, and so does a gold score that falls while the score rises.
+    """
+    w = config.window
+    if len(history) < 2 * w:
+        return None
+    mean = lambda rows, key: float(np.mean([row[key] for row in rows if key in row])) if any(key in row for row in rows) else None
+    first, last = history[:w], history[-w:]
+    told = []
+    if config.kl is not None and (kl := mean(last, "kl_response_k3")) is not None and kl > config.kl:
+        told.append(f"KL to the reference is {kl:.3g} nats a response, above {config.kl:g}")
+    before, after = mean(first, "score"), mean(last, "score")
+    if before is None or after is None or after <= before + _error(first, last, "score"):
+        return "; ".join(told) or None
+    for key, name, factor in (
+        ("reference_perplexity", "perplexity under the reference", config.perplexity),
+        ("response_tokens", "response length", config.length),
+    ):
+        old, new = mean(first, key), mean(last, key)
+        if old and new and not 1 / factor <= new / old <= factor:
+            told.append(f"{name} went from {old:.3g} to {new:.3g}")
+    gold = [row["gold"] for row in history if "gold" in row]
+    if len(gold) >= 2 * w:
+        best = max(np.convolve(gold, np.ones(w) / w, "valid"))
+        newest = float(np.mean(gold[-w:]))
+        spread = float(np.std(gold[:w])) / w**0.5
+        if newest < best - max(2 * spread, 1e-9):
+            told.append(f"the gold score fell from {best:.3g} to {newest:.3g}")
+    return f"the score rose from {before:.3g} to {after:.3g}, but {'; '.join(told)}" if told else None
+
+
+def _error(first: Sequence[Figures], last: Sequence[Figures], key: str) -> float:
+    """Standard error of the difference of two means of rollouts."""
+    spread = lambda rows: float(np.var([row[key] for row in rows])) / max(1, len(rows))
+    return (spread(first) + spread(last)) ** 0.5
+
+
+def kept(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Of scored responses the best, the worst and three at random, each told which it is."""
+    known = [row for row in rows if row["score"] is not None]
+    order = sorted(known, key=lambda row: row["score"])
+    chosen = [("worst", order[0]), ("best", order[-1])] if order else []
+    random = np.random.default_rng(seed).permutation(len(rows))[:3]
+    return [{"which": name, **row} for name, row in (*chosen, *(("random", rows[i]) for i in random))]

@@ -1,0 +1,201 @@
+"""Before the first rollout: prompts, judges and settings are read and tried, then the models are loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from preftune.errors import UserError
+from preftune.models import load
+from preftune.models.lora import Adapter
+from preftune.models.policy import LanguageModel, RewardModel, settle_layout
+from preftune.online.actor import ActorCritic, OnlineLearner, Pretraining, critic_of
+from preftune.online.config import OnlineConfig
+from preftune.online.judging import Judges
+from preftune.online.methods import IMITATION, ONLINE, Online
+from preftune.online.steering import start
+from preftune.packing.chat import ChatTokenizer
+from preftune.records import Example, Response
+from preftune.rewards.config import JudgeConfig
+from preftune.rewards.judge import ask, open_judge
+from preftune.rewards.rules import is_rule
+from preftune.rounds.ready import read_prompts
+from preftune.training.check import Line, show
+from preftune.training.distributed import World
+from preftune.training.reference import MovingReference, Reference, live_reference
+from preftune.training.setup import Records, Setup, compute_dtype, read, seed, tokenise
+
+
+@dataclass
+class Ready:
+    """What was read and tried before any long work."""
+
+    row: Online
+    config: OnlineConfig
+    source: load.Source
+    tokenizer: ChatTokenizer
+    prompts: list[Example]
+    held_out: list[Example]
+    hashes: dict[str, str]
+    judges: Judges
+    pretraining: Pretraining | None
+    compute: torch.dtype
+    notices: list[str]
+
+
+def ready(name: str, config: OnlineConfig, world: World) -> Ready:
+    """Read the prompts, open the judges and ask each once. Raises UserError for whatever the user can mend."""
+    row = ONLINE[name]
+    if row.group and config.rollout.n < 2:
+        raise UserError(
+            f"{row.title} compares the responses to a prompt with each other, and {config.rollout.n} is too few",
+            where="rollout.n",
+            fix="Draw 2 or more.",
+        )
+    prompts, held_out, hashes = read_prompts(config)
+    source = load.locate(config.model)
+    if config.reference:
+        load.locate(config.reference)
+    tokenizer = load.load_tokenizer(source, template=_template(config))
+    for example in (*prompts, *held_out):
+        if len(tokenizer.encode_prompt(example.prompt)) + config.rollout.max_new_tokens > config.max_length:
+            what = f"the prompt and {config.rollout.max_new_tokens} new tokens are more than max_length ({config.max_length})"
+            raise UserError(what, where=example.where, fix="Raise it, lower rollout.max_new_tokens, or leave the prompt out.")
+    compute = compute_dtype(config.precision, world.device)
+    judges, notices = _judges(config, compute, world.device, prompts[0])
+    pretraining = _pretraining(config, tokenizer) if config.pretraining else None
+    return Ready(row, config, source, tokenizer, prompts, held_out, hashes, judges, pretraining, compute, notices)
+
+
+def _template(config: OnlineConfig) -> str | None:
+    if not config.chat_template:
+        return None
+    try:
+        return Path(config.chat_template).read_text()
+    except OSError as error:
+        raise UserError(f"the chat template cannot be read: {error.strerror}", where=config.chat_template) from error
+
+
+def _judges(config: OnlineConfig, compute: torch.dtype, device: torch.device, first: Example) -> tuple[Judges, list[str]]:
+    sizes = {"max_length": config.max_length, "tokens_per_microbatch": config.tokens_per_microbatch}
+    opened = lambda one: open_judge(one, compute=compute, device=device, **sizes)
+    judge = opened(config.judge)
+    part = lambda dense: JudgeConfig.model_validate({"use": dense.use, "options": dense.options, "endpoint": dense.endpoint})
+    judges = Judges(judge, {name: opened(part(one)) for name, one in config.dense.items()}, opened(config.gold) if config.gold else None)
+    for one in judges.everyone:
+        ask(one.judge, [replace(first, responses=(Response("I do not know."),))])
+    return judges, [notice for one in judges.everyone for notice in one.notices]
+
+
+def _pretraining(config: OnlineConfig, tokenizer: ChatTokenizer) -> Pretraining:
+    assert config.pretraining is not None
+    found = tokenise(read(config.pretraining.data), tokenizer, IMITATION, IMITATION.knobs(), config.max_length)
+    return Pretraining(found.trees, config.pretraining.weight, config.pretraining.prompts_per_step, config.seed)
+
+
+def prepare(found: Ready, world: World) -> Setup:
+    """Load policy, critic and reference, and put a learner around them."""
+    row, config = found.row, found.config
+    knobs = config.knobs
+    seed(config.seed)
+    policy = LanguageModel(load.load_causal_lm(found.source), compute=found.compute).to(world.device)
+    notices = [notice for notice in (settle_layout(policy),) if notice]
+    found.tokenizer.turn_ends = found.tokenizer.turn_ends | frozenset(load.eos_ids(policy.hf))
+    adapter = _adapter(config, policy, world)
+    shared = row.critic and knobs.critic == "shared"
+    critic = None
+    if row.critic and not shared:
+        critic, notice = _critic(found, world)
+        notices += [notice] if notice else []
+    actor = ActorCritic(policy, critic, shared=shared)
+    actor.to(world.device)
+    if config.gradient_checkpointing:
+        both: list[LanguageModel | RewardModel] = [policy, *([critic] if critic else [])]
+        for model in both:
+            model.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    learner = OnlineLearner(
+        row.method(knobs, config.rollout.max_new_tokens), knobs, actor, world, config.tokens_per_microbatch, clip_norm=config.clip_norm,
+        temperature=config.rollout.temperature, pretraining=found.pretraining, coefficients=start(knobs, shared),
+    )  # fmt: skip
+    if row.critic:
+        learner.critic_warmup = knobs.critic_warmup
+        learner.critic_lr_scale = (knobs.critic_lr / config.lr) if knobs.critic_lr else 9.0
+    if knobs.kl > 0 or config.watch_reference:
+        learner.reference = _reference(found, learner, adapter, world)
+    records = Records(len(found.prompts), len(found.prompts), [], Counter(), {}, "prompts", found.hashes, found.prompts)
+    model_hash = load.fingerprint(found.source)
+    return Setup(
+        learner.method, config, world, found.source, found.tokenizer, records, None, learner, adapter, found.compute, model_hash, notices
+    )
+
+
+def _adapter(config: OnlineConfig, model: LanguageModel | RewardModel, world: World) -> Adapter | None:
+    if config.lora is None:
+        return None
+    lora = config.lora
+    if lora.dropout:
+        raise UserError("dropout would make the policy differ from the one that drew", where="lora.dropout", fix="Set lora.dropout to 0.")
+    adapter = Adapter(model.hf, rank=lora.rank, alpha=lora.alpha, dropout=0.0, targets=lora.targets)
+    model.backbone.hf.to(world.device)
+    return adapter
+
+
+def _critic(found: Ready, world: World) -> tuple[RewardModel, str | None]:
+    """The critic where it starts, and a notice where it is another than was to be expected."""
+    config, wanted, notice = found.config, found.config.knobs.critic, None
+    if wanted == "auto":
+        judge = config.judge
+        word = judge.use if judge.use is not None and not is_rule(judge.use) else None
+        if word is not None and not _same_tokens(load.locate(word), found.tokenizer):
+            word, notice = None, f"The critic starts as a copy of the policy: {word} has another tokenizer."
+        wanted = word or "policy"
+    source = found.source if wanted == "policy" else load.locate(wanted)
+    if source is not found.source and not _same_tokens(source, found.tokenizer):
+        raise UserError("the critic must read the policy's tokens, and this model has another tokenizer", where="method.critic")
+    classifier = load.load_classifier(source)
+    if classifier is None:
+        critic = critic_of(load.load_causal_lm(source), found.compute)
+    else:
+        critic = RewardModel(classifier, head=load.score_head(classifier)[1], compute=found.compute)
+        if critic.head.out_features > 1:
+            raise UserError("a critic has one value, and this reward model has several heads", where="method.critic")
+    critic.to(world.device)
+    settle_layout(critic)
+    _adapter(config, critic, world)
+    critic.head.requires_grad_(True)
+    return critic, notice
+
+
+def _same_tokens(source: load.Source, tokenizer: ChatTokenizer) -> bool:
+    """Whether the model's tokenizer gives every token the policy's number."""
+    other = load.load_tokenizer(source).tokenizer
+    return bool(other.get_vocab() == tokenizer.tokenizer.get_vocab())
+
+
+def _reference(found: Ready, learner: OnlineLearner, adapter: Adapter | None, world: World) -> Reference:
+    config, policy = found.config, learner.actor
+    if config.reference_sync is not None:
+        own = {name: p for name, p in learner.parameters.items() if name.startswith("backbone.")}
+        return MovingReference(policy, own, config.reference_sync.every, config.reference_sync.mix)
+    if config.reference is None and adapter is not None:
+        return live_reference(policy, adapter.off)
+    source = load.locate(config.reference or config.model)
+    frozen = LanguageModel(load.load_causal_lm(source), compute=found.compute, packed=policy.backbone.packed)
+    frozen.to(world.device).eval().requires_grad_(False)
+    return live_reference(frozen)
+
+
+def check(name: str, config: OnlineConfig, console: Console) -> bool:
+    """`preftune check` of an online method: what `train` looks at before its first rollout, and that the models load."""
+    world = World.join(config.device)
+    found = ready(name, config, world)
+    show(Line("prompts", True, f"{len(found.prompts)} to train on, {len(found.held_out)} held out"), console)
+    show(Line("judges", True, "each gives one finite score for a response to the first prompt"), console)
+    setup = prepare(found, world)
+    notice = next((n for n in setup.notices if "padded rows" in n), None)
+    show(Line("packed = padded", notice is None, notice or "hidden states of both layouts agree"), console)
+    return notice is None
