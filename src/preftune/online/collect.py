@@ -191,7 +191,7 @@ class Collector:
         drawn, mask = grid(trees, DRAWN)
         told = lambda name: grid(trees, name)[0] if name in trees[0].told else None
         old, reference, values = told("old"), told("reference"), told("value")
-        scores, weights = self.judging.counted(self.judging.combined(found), *shape_of(found.samples))
+        scores, weights = self.judging.counted(self.judging.combined(found, coefficients.get("cost", 0.0)), *shape_of(found.samples))
         dense = torch.zeros_like(drawn)
         for row, rewards in enumerate(r for mine in found.dense for r in mine):
             dense[row, : len(rewards)] = torch.from_numpy(rewards)

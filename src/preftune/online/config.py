@@ -10,7 +10,7 @@ from pydantic import Field, create_model, model_validator
 from preftune.configfile import Section, problem
 from preftune.rewards.config import JudgeConfig, PartConfig
 from preftune.rounds.config import RolloutConfig
-from preftune.training.config import DataConfig, Positive, RunConfig
+from preftune.training.config import DataConfig, Positive, RunConfig, Text
 
 
 class OnlineRollout(RolloutConfig):
@@ -49,6 +49,15 @@ class PretrainingConfig(Section):
     prompts_per_step: Positive = Field(8, description="Records beside each step.")
 
 
+class ConstraintConfig(Section):
+    """One part of the judge is a cost that must stay low; the others are the reward (Safe RLHF, 2310.12773)."""
+
+    part: Text = Field(description="Name of the judge's part that is the cost.")
+    at_most: float = Field(0.0, description="Mean cost that is allowed.")
+    start: float = Field(1.0, gt=0, description="Where the multiplier of the cost starts.")
+    lr: float = Field(0.1, gt=0, description="How fast its logarithm follows the mean cost of a rollout above `at_most`.")
+
+
 class AlarmConfig(Section):
     """When to say that the reward is being exploited."""
 
@@ -79,6 +88,10 @@ class OnlineConfig(RunConfig):
     judge: JudgeConfig = Field(description="What scores responses: a reward model, a rule, an endpoint, or several parts.")
     normalise_parts: bool = Field(
         False, description="Give each of several parts mean 0 and deviation 1 within a rollout before they are added up."
+    )
+    constraint: ConstraintConfig | None = Field(
+        None,
+        description="Keep one part of the judge, a cost, below a bound while the others' sum is raised; its weight is found on the way.",
     )
     dense: dict[str, DenseConfig] = Field({}, description="Judges by name that reward the ends of segments, beside `judge`.")
     gold: JudgeConfig | None = Field(None, description="A second judge that is only watched: what the first one is a proxy for.")
@@ -113,6 +126,12 @@ class OnlineConfig(RunConfig):
             raise problem("`normalise_parts` needs a judge of several `parts`", "normalise_parts")
         if self.normalise_parts and self.judge.safety:
             raise problem("`normalise_parts` and the judge's `safety` rule exclude each other: the rule chooses a part", "normalise_parts")
+        parts = self.judge.parts
+        if self.constraint is not None and (self.constraint.part not in parts or len(parts) < 2 or self.judge.safety):
+            raise problem(
+                f"`constraint.part` ({self.constraint.part}) must be one of two or more `parts` of a judge that adds them up",
+                "constraint.part",
+            )
         if self.prompts_per_rollout < self.prompts_per_step:
             raise problem(
                 f"`rollout.prompts` ({self.rollout.prompts}) must be at least `prompts_per_step` ({self.prompts_per_step})",

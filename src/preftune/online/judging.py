@@ -135,13 +135,17 @@ class Judging:
             scores = scores + overlong_penalty(lengths, self.config.rollout.max_new_tokens, knobs.overlong)
         return scores, weights
 
-    def combined(self, found: Judged) -> Tensor:
-        """[G, N] the judge's scores; of parts each on one scale where that is asked."""
-        if not self.config.normalise_parts:
+    def combined(self, found: Judged, cost_weight: float = 0.0) -> Tensor:
+        """[G, N] the judge's scores; of parts on one scale where that is asked; with a constraint (reward - c * cost) / (1 + c)."""
+        constraint = self.config.constraint
+        if not self.config.normalise_parts and constraint is None:
             return torch.from_numpy(found.scores)
         scaled = lambda values: (values - values.mean()) / (values.std(ddof=1) + 1e-4) if values.size > 1 else values * 0
-        weights = self.config.judge.weights
-        return torch.from_numpy(np.sum([weights.get(name, 1.0) * scaled(values) for name, values in found.parts.items()], axis=0))
+        weights = {name: self.config.judge.weights.get(name, 1.0) for name in found.parts}
+        if constraint is not None:
+            weights[constraint.part] = -cost_weight
+        each = {name: scaled(values) if self.config.normalise_parts else values for name, values in found.parts.items()}
+        return torch.from_numpy(np.sum([weights[name] * values for name, values in each.items()], axis=0)) / (1 + cost_weight)
 
 
 def scores_in(scored: Sequence[Example]) -> np.ndarray:

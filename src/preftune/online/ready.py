@@ -26,7 +26,7 @@ from preftune.rewards.rules import is_rule
 from preftune.rounds.ready import read_prompts
 from preftune.training.check import Line, show
 from preftune.training.distributed import World
-from preftune.training.reference import MovingReference, Reference, live_reference
+from preftune.training.reference import MovingReference, Reference, RunningAverage, live_reference
 from preftune.training.setup import Records, Setup, compute_dtype, read, seed, tokenise
 
 
@@ -83,7 +83,8 @@ def _template(config: OnlineConfig) -> str | None:
 def _judges(config: OnlineConfig, compute: torch.dtype, device: torch.device, first: Example) -> tuple[Judges, list[str]]:
     sizes = {"max_length": config.max_length, "tokens_per_microbatch": config.tokens_per_microbatch}
     opened = lambda one: open_judge(one, compute=compute, device=device, **sizes)
-    judge = opened(config.judge)
+    weights = config.judge.weights if config.constraint is None else {**config.judge.weights, config.constraint.part: 0.0}
+    judge = opened(config.judge.model_copy(update={"weights": weights}))  # a cost is no part of the score that is told
     part = lambda dense: JudgeConfig.model_validate({"use": dense.use, "options": dense.options, "endpoint": dense.endpoint})
     judges = Judges(judge, {name: opened(part(one)) for name, one in config.dense.items()}, opened(config.gold) if config.gold else None)
     for one in judges.everyone:
@@ -119,11 +120,15 @@ def prepare(found: Ready, world: World) -> Setup:
             model.hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     learner = OnlineLearner(
         row.method(knobs, config.rollout.max_new_tokens), knobs, actor, world, config.tokens_per_microbatch, clip_norm=config.clip_norm,
-        temperature=config.rollout.temperature, pretraining=found.pretraining, coefficients=start(knobs, shared),
+        temperature=config.rollout.temperature, pretraining=found.pretraining, coefficients=start(config, shared),
     )  # fmt: skip
     if row.critic:
         learner.critic_warmup = knobs.critic_warmup
         learner.critic_lr_scale = (knobs.critic_lr / config.lr) if knobs.critic_lr else 9.0
+    if config.average is not None:
+        learner.average = RunningAverage(
+            {name: p for name, p in learner.parameters.items() if name.startswith("backbone.")}, config.average
+        )
     if knobs.kl > 0 or config.watch_reference:
         learner.reference = _reference(found, learner, adapter, world)
     records = Records(len(found.prompts), len(found.prompts), [], Counter(), {}, "prompts", found.hashes, found.prompts)

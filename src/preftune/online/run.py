@@ -168,7 +168,7 @@ class OnlineRun(Run):
         phase, knobs = self.phase, self.online.knobs
         keys = ("score", "gold", "reference_perplexity", "response_tokens", "kl_response_k3")
         phase.history.append({key: figures[key] for key in keys if key in figures})
-        phase.coefficients = steering.after_rollout(phase.coefficients, knobs, figures.get("kl_response"), responses)
+        phase.coefficients = steering.after_rollout(phase.coefficients, self.online, figures, responses)
         phase.coefficients = steering.after_step(phase.coefficients, knobs, step.metrics.get("step_kl", 0.0))
         self.learner.coefficients = dict(phase.coefficients)
         if self.online.alarms is not None and phase.alarm is None and (said := monitor.alarm(phase.history, self.online.alarms)):
@@ -208,6 +208,8 @@ class OnlineRun(Run):
             self.learner.restore(checkpoint.load(checkpoint.step_path(self.directory.checkpoints, wanted)).everything())
             self.console.print(f"The final model is that of step {wanted}.")
         actor = self.learner.actor.eval()
+        if self.learner.average is not None:
+            self.learner.average.install()
         failpoint("final.before")
         with explained("writing the final model", self.directory.final):
             save_model(actor, self.found.tokenizer, self.directory.final, adapter=self.setup.adapter)

@@ -1,15 +1,21 @@
-"""Coefficients that move from rollout to rollout: the leash to the reference and PPO-penalty's trust region, which are kept apart."""
+"""Coefficients that move from rollout to rollout: the leash to the reference, PPO-penalty's trust region, a cost's multiplier."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from preftune.objectives.kl import reference_coefficient, trust_region_coefficient
+from preftune.online.config import OnlineConfig
 
 
-def start(knobs: Any, critic_shared: bool) -> dict[str, float]:
+def start(config: OnlineConfig, critic_shared: bool) -> dict[str, float]:
     """Where they start."""
+    knobs = config.knobs
     found = {"kl": float(knobs.kl)}
+    if config.constraint is not None:
+        found["cost"] = config.constraint.start
     if getattr(knobs, "objective", "clip") == "penalty":
         found["penalty"] = float(knobs.penalty)
     if hasattr(knobs, "value_weight"):
@@ -17,11 +23,15 @@ def start(knobs: Any, critic_shared: bool) -> dict[str, float]:
     return found
 
 
-def after_rollout(coefficients: dict[str, float], knobs: Any, kl: float | None, responses: int) -> dict[str, float]:
-    """After a rollout of so many responses whose mean KL to the reference was `kl` (1909.08593)."""
-    if knobs.kl_target is None or kl is None:
-        return coefficients
-    return coefficients | {"kl": reference_coefficient(coefficients["kl"], kl, knobs.kl_target, responses, knobs.kl_horizon)}
+def after_rollout(coefficients: dict[str, float], config: OnlineConfig, figures: Mapping[str, float], responses: int) -> dict[str, float]:
+    """After a rollout of so many responses: the KL's leash (1909.08593), and a cost's multiplier, in its logarithm (2310.12773)."""
+    knobs, constraint, found = config.knobs, config.constraint, dict(coefficients)
+    kl = figures.get("kl_response")
+    if knobs.kl_target is not None and kl is not None:
+        found["kl"] = reference_coefficient(found["kl"], kl, knobs.kl_target, responses, knobs.kl_horizon)
+    if constraint is not None:
+        found["cost"] *= math.exp(constraint.lr * (figures[f"score_{constraint.part}"] - constraint.at_most))
+    return found
 
 
 def after_step(coefficients: dict[str, float], knobs: Any, step_kl: float) -> dict[str, float]:

@@ -139,6 +139,7 @@ class RunConfig(Section):
         "gradient_checkpointing": "activation_checkpointing",
         "cache_reference": "precompute_ref_log_probs",
         "reference_sync": "sync_ref_model",
+        "average": "ema ema_decay use_ema",
         "chat_template": "template",
         "threads": "num_threads num_workers n_jobs",
         "device": "gpu use_cpu no_cuda",
@@ -206,6 +207,13 @@ class RunConfig(Section):
     reference_sync: ReferenceSync | None = Field(
         None,
         description="Let the reference follow the policy as it trains; null keeps it frozen. Evaluations compare with it as it stands.",
+    )
+    average: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Let the final model be a running average of the weights that keeps this share of itself at every step (0.992 in "
+        "InstructGPT); evaluations are of the weights themselves. null takes the weights as they are at the end.",
     )
     chat_template: Text | None = Field(None, description="Path of a jinja file to use instead of the tokenizer's chat template.")
     max_bad_steps: int = Field(3, ge=0, description="Steps with a non-finite loss or gradient that are skipped before the run stops.")

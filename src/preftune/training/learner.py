@@ -16,7 +16,7 @@ from preftune.objectives.metrics import Metrics
 from preftune.packing.batch import Batch, Totals, collate, microbatches
 from preftune.packing.chat import Tree
 from preftune.training.distributed import World
-from preftune.training.reference import MovingReference, Reference
+from preftune.training.reference import MovingReference, Reference, RunningAverage
 
 
 class Interrupted(Exception):
@@ -89,6 +89,7 @@ class Learner:
     optimizer: torch.optim.AdamW | None = None
     schedule: Schedule | None = None
     clip_norm: float = 1.0
+    average: RunningAverage | None = None
     parameters: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,8 +152,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             self.optimizer.step()
-            if isinstance(self.reference, MovingReference):
-                self.reference.follow(index + 1)
+            for moving in self.moving().values():
+                moving.follow(index + 1)
         self.optimizer.zero_grad(set_to_none=True)
         ids, where = tuple(t.id for t in trees), tuple(t.where for t in trees)
         return Step(sums["loss"], float(norm), lr, sum(t.tokens for t in trees), _means(sums), taken, ids, where)
@@ -195,13 +196,18 @@ class Learner:
         for part in microbatches(trees, self.tokens_per_microbatch, self.world.size, self.world.rank):
             yield collate([trees[i] for i in part], totals, self.method.reduction).to(self.world.device)
 
+    def moving(self) -> dict[str, MovingReference | RunningAverage]:
+        """What follows the weights from step to step, by the name it has in a checkpoint."""
+        both = {"reference": self.reference, "average": self.average}
+        return {name: one for name, one in both.items() if isinstance(one, MovingReference | RunningAverage)}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint must hold of the model, the optimizer and a reference that moves, by name."""
+        """Everything a checkpoint must hold of the model, the optimizer and what follows the weights, by name."""
         assert self.optimizer is not None
         state = {
             f"{name}/{key}": value for name, p in self.parameters.items() for key, value in sorted(self.optimizer.state.get(p, {}).items())
         }
-        moving = {"reference": dict(self.reference.tensors)} if isinstance(self.reference, MovingReference) else {}
+        moving = {name: dict(one.tensors) for name, one in self.moving().items()}
         return {"model": dict(self.parameters), "optimizer": state, **moving}
 
     @torch.no_grad()
@@ -209,8 +215,8 @@ class Learner:
         """Put back what `tensors` gave."""
         assert self.optimizer is not None
         _copy(tensors["model"], self.parameters)
-        if isinstance(self.reference, MovingReference):
-            _copy(tensors["reference"], self.reference.tensors)
+        for name, one in self.moving().items():
+            _copy(tensors[name], one.tensors)
         self.optimizer.state.clear()
         for name, value in tensors["optimizer"].items():
             owner, _, key = name.rpartition("/")

@@ -61,6 +61,26 @@ class MovingReference:
                 tensor.lerp_(self.policy[name], self.mix)
 
 
+class RunningAverage:
+    """A running average of weights: average <- decay * average + (1 - decay) * weights after every step (InstructGPT's EMA, 2203.02155)."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Take in the weights after a step."""
+        for name, tensor in self.tensors.items():
+            tensor.lerp_(self.parameters[name], 1 - self.decay)
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the average in the weights' place."""
+        for name, tensor in self.tensors.items():
+            self.parameters[name].copy_(tensor)
+
+
 def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int, device: torch.device) -> Iterator[int]:
     """Compute the reference once for all trees and keep it in `file`; yields how many trees are done, and ends when the file is there.
 

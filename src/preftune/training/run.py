@@ -275,6 +275,8 @@ class Run:
             found = checkpoint.load(checkpoint.step_path(self.directory.checkpoints, best))
             self.setup.learner.restore(found.everything())
         self.setup.learner.model.eval()
+        if self.setup.learner.average is not None:
+            self.setup.learner.average.install()
         self._normalise()
         failpoint("final.before")
         with explained("writing the final model", self.directory.final):

@@ -29,7 +29,7 @@ from preftune.training.config import DataConfig, RunConfig
 from preftune.training.distributed import World
 from preftune.training.learner import Learner
 from preftune.training.progress import meter
-from preftune.training.reference import MovingReference, Reference, attach, cache_key, cached, live_reference
+from preftune.training.reference import MovingReference, Reference, RunningAverage, attach, cache_key, cached, live_reference
 
 REASONS = packing_reasons | KEEP_REASONS
 
@@ -231,6 +231,8 @@ def prepare(method_name: str, config: RunConfig, world: World, console: Console)
     tokenizer.turn_ends = tokenizer.turn_ends | frozenset(load.eos_ids(model.hf))
     model_hash = load.fingerprint(source)
     learner = Learner(method, config.method, model, world, config.tokens_per_microbatch, clip_norm=config.clip_norm)
+    if config.average is not None:
+        learner.average = RunningAverage(learner.parameters, config.average)
     setup = Setup(method, config, world, source, tokenizer, train, held, learner, adapter, compute, model_hash, notices)
     if method.compares(config.method):
         learner.reference = make_reference(setup)
