@@ -19,6 +19,7 @@ from preftune.cli.main import app, parse, resolve
 from preftune.cli.select import app as select_app
 from preftune.formats import FORMATS
 from preftune.methods import METHODS
+from preftune.online.methods import ONLINE
 from preftune.rounds.methods import ITERATED
 from preftune.training.run import MAY_CHANGE
 from tests.test_house import FLOORS, ROOT, SOURCE
@@ -242,4 +243,4 @@ def test_recipes_run_as_they_are_and_explain_every_key(recipe: Path) -> None:
 
 
 def test_every_method_has_a_recipe() -> None:
-    assert {resolve([str(recipe)])[0] for recipe in RECIPES} == set(METHODS) | set(ITERATED)
+    assert {resolve([str(recipe)])[0] for recipe in RECIPES} == set(METHODS) | set(ITERATED) | set(ONLINE)
