@@ -56,13 +56,13 @@ def group_baseline(found: Gathered, knobs: Any, kl: float) -> tuple[Tensor, Tens
 
 def group(found: Gathered, knobs: Any, kl: float) -> tuple[Tensor, Tensor | None]:
     """GRPO: the score relative to its group, on every token; with rewards of segments, those that end at or after the token count."""
-    if not found.dense.any():
+    if not found.ends.any():
         return found.spread(group_relative(found.scores, found.present, knobs.scale)), None
     prompts, count = found.scores.shape
     grid = lambda values: values.view(prompts, count, -1)
     rewards = token_rewards(found, 0.0)
     last = placed(torch.ones(prompts * count, dtype=rewards.dtype), found.lengths, rewards.shape[1]).bool()
-    found_of = process_relative(grid(rewards), grid((found.dense != 0) | last), grid(found.mask))
+    found_of = process_relative(grid(rewards), grid(found.ends | last), grid(found.mask))
     return found_of.view(prompts * count, -1), None
 
 

@@ -20,8 +20,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from preftune.models.policy import LanguageModel
 from preftune.online import monitor
 from preftune.online.actor import OnlineLearner
+from preftune.online.ahead import Ahead
 from preftune.online.config import OnlineConfig
 from preftune.online.experience import Experience, by_tree, grid, learned, passes, sample_line, sample_of, trees_of
 from preftune.online.gathered import Gathered
@@ -40,6 +42,9 @@ from preftune.training.failpoints import failpoint
 from preftune.training.learner import Interrupted
 from preftune.training.progress import meter
 
+AT_ONCE = 256
+"""Responses that are drawn together, and kept together: what a kill can cost."""
+Shown = Callable[[int], None]
 EXPERIENCE, SHOWN = "experience.safetensors", "shown.json"
 
 
@@ -60,6 +65,7 @@ class Collector:
     def __post_init__(self) -> None:
         self.encoded = [self.tokenizer.encode_prompt(example.prompt) for example in self.prompts]
         self.sampling = sampling(self.config)
+        self.ahead = Ahead(self.learner.actor)
 
     # --- what a rollout is made of ----------------------------------------------------------------------------------------------
 
@@ -100,6 +106,7 @@ class Collector:
             taken += len(new)
             part = folder / str(attempt) if attempt else folder
             with clock("sampling"):
+                self.ahead.settle()
                 samples = self.sample(part, rollout, step, new, config.rollout.n, self.sampling)
             drawn += sum(len(s.ids) for mine in samples for s in mine)
             with clock("judging"):
@@ -122,39 +129,73 @@ class Collector:
         self._show(folder, rollout, kept, chosen)
         return Experience(trees, figures, taken)
 
+    def look_ahead(self, rollout: int, step: int, start: Cursor) -> None:
+        """Begin to draw rollout `rollout` of the prompts behind `start` with the weights as they stand, after `step` steps."""
+        new = self._next(start, 0, self.config.prompts_per_rollout)
+        folder = self.folder / str(rollout)
+        if new and not (folder / EXPERIENCE).exists():
+            self.ahead.start(lambda policy: self._draw_ahead(policy, folder, rollout, step, new))
+
+    def _draw_ahead(self, policy: LanguageModel, folder: Path, rollout: int, step: int, new: Sequence[int]) -> None:
+        self.sample(folder, rollout, step, new, self.config.rollout.n, self.sampling, policy=policy)
+
     # --- drawing ----------------------------------------------------------------------------------------------------------------
 
     def sample(
-        self, folder: Path, rollout: int, step: int, chosen: Sequence[int], n: int, how: Sampling, name: str = "samples"
+        self,
+        folder: Path,
+        rollout: int,
+        step: int,
+        chosen: Sequence[int],
+        n: int,
+        how: Sampling,
+        name: str = "samples",
+        policy: LanguageModel | None = None,
     ) -> list[list[Sample]]:
-        """`n` responses to each of the chosen prompts, by number; what the journal holds is not drawn again. Raises Interrupted."""
+        """`n` responses to each of the chosen prompts, by number; what the journal holds is not drawn again. Raises Interrupted.
+
+        They go to the journal AT_ONCE at a time: with other responses beside it, a response's log-probabilities round differently, and a
+        run that goes on must end with the same bytes. `policy` is a copy that draws in the background, which nothing gives up.
+        """
         seed = int(np.random.SeedSequence([self.config.seed, rollout]).generate_state(1)[0])
         facts = json.loads(json.dumps({"rollout": rollout, "step": step, "seed": seed, "prompts": list(chosen), "n": n, **vars(how)}))
         with Journal(folder / f"{name}.jsonl", facts) as journal:
-            missing = [[k for k in range(n) if k not in journal.done.get(str(g), ())] for g in range(len(chosen))]
-            done = n * len(chosen) - sum(map(len, missing))
-            if sum(map(len, missing)):
-                prompts = [self.encoded[i] for i in chosen]
-                with self._shown(f"rollout {rollout}", n * len(chosen), done) as shown:
-                    for one in self.engine().generate(prompts, n, how, seed, numbers=missing, give_up=self.give_up):
-                        journal.add(sample_line(one.prompt, one, self.judging.text(one)))
-                        done += 1
-                        failpoint("rollout.sample")
-                        shown(done)
-                if done < n * len(chosen):
-                    raise Interrupted
+            at_once = max(1, AT_ONCE // n)
+            whole = lambda g: len(journal.done.get(str(g), ())) == n
+            with self._shown(f"rollout {rollout}", n * len(chosen), 0, policy is None) as shown:
+                for start in range(0, len(chosen), at_once):
+                    part = range(start, min(start + at_once, len(chosen)))
+                    if not all(map(whole, part)):
+                        for one in self._draw([self.encoded[chosen[g]] for g in part], n, how, seed, policy, shown, n * start):
+                            journal.add(sample_line(start + one.prompt, one, self.judging.text(one)))
             lines = {(int(line["prompt"]), line["number"]): line for line in journal.samples()}
         failpoint("rollout.sampled")
         return [[sample_of(lines[g, k]) for k in range(n)] for g in range(len(chosen))]
 
-    def engine(self) -> Engine:
-        """The engine on the policy as it stands."""
-        return Engine(self.learner.actor, self.tokenizer.turn_ends, self.tokenizer.decode, int(self.config.rollout.cache_gb * 1e9))
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, seed: int, policy: LanguageModel | None, shown: Shown, before: int
+    ) -> list[Sample]:
+        """All `n` responses to each of the prompts. Raises Interrupted."""
+        drawn: list[Sample] = []
+        give_up = self.give_up if policy is None else lambda: False
+        for one in self.engine(policy).generate(prompts, n, how, seed, give_up=give_up):
+            drawn.append(one)
+            failpoint("rollout.sample")
+            shown(before + len(drawn))
+        if len(drawn) < n * len(prompts):
+            raise Interrupted
+        return drawn
+
+    def engine(self, policy: LanguageModel | None = None) -> Engine:
+        """The engine on the policy as it stands, or on a copy of it."""
+        return Engine(
+            policy or self.learner.actor, self.tokenizer.turn_ends, self.tokenizer.decode, int(self.config.rollout.cache_gb * 1e9)
+        )
 
     @contextmanager
-    def _shown(self, title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    def _shown(self, title: str, total: int, done: int, in_front: bool) -> Iterator[Callable[[int], None]]:
         """A second bar where there is a terminal; elsewhere the rollout's line at its end says enough."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or not in_front:
             yield lambda done: None
             return
         with meter(self.console, title, total, done) as bar:
@@ -192,10 +233,13 @@ class Collector:
         told = lambda name: grid(trees, name)[0] if name in trees[0].told else None
         old, reference, values = told("old"), told("reference"), told("value")
         scores, weights = self.judging.counted(self.judging.combined(found, coefficients.get("cost", 0.0)), *shape_of(found.samples))
-        dense = torch.zeros_like(drawn)
+        dense = torch.full_like(drawn, torch.nan)
         for row, rewards in enumerate(r for mine in found.dense for r in mine):
             dense[row, : len(rewards)] = torch.from_numpy(rewards)
-        gathered = Gathered(scores, weights, mask, dense, drawn if old is None else old, reference, values, greedy)
+        ends = mask & ~dense.isnan()
+        gathered = Gathered(
+            scores, weights, mask, dense.nan_to_num() * mask, ends, drawn if old is None else old, reference, values, greedy
+        )
         advantages, returns = self.row.advantages(gathered, knobs, coefficients["kl"])
         figures = self._figures(found, gathered, old, drawn)
         figures |= monitor.of_critic(gathered, returns)
@@ -256,7 +300,7 @@ class Collector:
         figures = monitor.scores_of(found.scores)
         for name, values in found.parts.items():
             figures[f"score_{name}"] = float(np.mean(values))
-        if gathered.dense.any():
+        if gathered.ends.any():
             figures["dense_reward"] = float(gathered.dense.sum(1).mean())
         figures |= monitor.lengths_of([len(s.ids) for s in samples], [s.finish == "stop" for s in samples])
         figures |= monitor.distances(gathered.old, gathered.reference, gathered.mask)

@@ -21,6 +21,12 @@ class OnlineRollout(RolloutConfig):
     )
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Temperature; every log-probability of the run is taken at it.")
 
+    ahead: bool = Field(
+        False,
+        description="Draw the next rollout while this one is learned, from weights one rollout old; `method.importance_cap` corrects "
+        "for that. For machines where sampling and training do not share the same cores.",
+    )
+
     @model_validator(mode="after")
     def _plain(self) -> OnlineRollout:
         if self.repetition_penalty != 1:
@@ -131,6 +137,11 @@ class OnlineConfig(RunConfig):
             raise problem(
                 f"`constraint.part` ({self.constraint.part}) must be one of two or more `parts` of a judge that adds them up",
                 "constraint.part",
+            )
+        if self.rollout.ahead and self.knobs.importance_cap is None:
+            raise problem(
+                "`rollout.ahead` draws from weights that are one rollout old: set `method.importance_cap` (2 is usual) to correct for it",
+                "rollout.ahead",
             )
         if self.prompts_per_rollout < self.prompts_per_step:
             raise problem(

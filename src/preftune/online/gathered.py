@@ -20,6 +20,8 @@ class Gathered:
     """[R, T] which tokens there are."""
     dense: Tensor
     """[R, T] rewards at the ends of segments, weighted; 0 elsewhere."""
+    ends: Tensor
+    """[R, T] where a segment ends, also one whose reward is 0."""
     old: Tensor
     """[R, T] log-probability under the policy that drew them; 0 behind the last token, as in what follows."""
     reference: Tensor | None = None

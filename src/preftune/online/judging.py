@@ -47,7 +47,7 @@ class Judged:
     parts: dict[str, np.ndarray]
     """[G, N] by name, where the judge has several parts."""
     dense: list[list[np.ndarray]]
-    """Rewards of segments, a number for each token of each response."""
+    """Rewards of segments, a number for each token of each response; NaN where no segment ends."""
 
     @property
     def uneven(self) -> list[int]:
@@ -100,7 +100,7 @@ class Judging:
         examples = [self.record(example, mine) for example, mine in zip(prompts, samples, strict=True)]
         scored = self.ask(folder / "scores.jsonl", examples, self.judges.judge)
         parts = {name: np.array([[r.meta["scores"][name] for r in e.responses] for e in scored]) for name in self.config.judge.parts}
-        dense = [[np.zeros(len(s.ids)) for s in mine] for mine in samples]
+        dense = [[np.full(len(s.ids), np.nan) for s in mine] for mine in samples]
         for name, opened in self.judges.dense.items():
             self._segments(folder / f"scores-{name}.jsonl", opened, self.config.dense[name], examples, samples, dense)
         return Judged(examples, samples, scores_in(scored), parts, dense)
@@ -121,7 +121,7 @@ class Judging:
         said = self.ask(path, [asking[g][0] for g in some], opened)
         for g, scores in zip(some, map(_row, said), strict=True):
             for n, rewards in enumerate(laid(np.array(scores), asking[g][1], [where for _, where in placed[g]], config)):
-                into[g][n] += rewards
+                into[g][n] = np.where(np.isnan(rewards), into[g][n], np.nan_to_num(into[g][n]) + rewards)
 
     def counted(self, scores: Tensor, finished: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """[G, N] scores and weights in the loss, after the rules for cut and long responses (D.8)."""

@@ -47,7 +47,9 @@ class Phase:
     rollout: int = 1
     made: int = 0
     began: int = 0
-    """The step after which the rollout was drawn."""
+    """The step after which the rollout's first step comes."""
+    drawn: int = 0
+    """The step whose weights drew the rollout."""
     coefficients: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     alarm: str | None = None
@@ -108,10 +110,14 @@ class OnlineRun(Run):
     def restore(self) -> None:
         """Go back to the newest whole checkpoint; rollouts drawn after it are dropped."""
         super().restore()
-        self.collector.drop_after(self.phase.rollout)
+        self.collector.drop_after(self.phase.rollout + self.online.rollout.ahead)
 
     def save(self) -> None:
-        """A checkpoint; then what older rollouts were made of goes, as far as no checkpoint needs it."""
+        """A checkpoint; then what older rollouts were made of goes, as far as no checkpoint needs it.
+
+        A rollout that is drawn ahead is finished first: after the next step the weights that draw it are in no checkpoint.
+        """
+        self.collector.ahead.settle()
         super().save()
         if self.directory is not None:
             needed = [
@@ -128,12 +134,14 @@ class OnlineRun(Run):
     def _rollout(self, total: int) -> Iterator[tuple[Position, Step]]:
         """The steps of the rollout under way that are left. The position moves on to the next prompts with its last step."""
         phase, learner, start = self.phase, self.learner, self.position.cursor
-        found, behind = self.collector.experience(phase.rollout, phase.began, start, phase.coefficients)
+        found, behind = self.collector.experience(phase.rollout, phase.drawn, start, phase.coefficients)
         groups = self.collector.step_groups(len(found.trees), phase.rollout)
         end = phase.began + len(groups)
         last_of_all = behind.epoch >= self.online.epochs
         if phase.made == 0:
             self._enter(found.figures)
+        if self.online.rollout.ahead and not last_of_all and end < total:
+            self.collector.look_ahead(phase.rollout + 1, phase.began, behind)
         while phase.made < len(groups) and phase.began + phase.made < total:
             trees = [found.trees[i] for i in groups[phase.made]]
             step = learner.step(trees, phase.began + phase.made, lambda: self.give_up("step"))
@@ -179,6 +187,7 @@ class OnlineRun(Run):
         if phase.alarm is not None:
             step.metrics["alarm"] = 1.0
         step.metrics.update({f"coefficient_{name}": value for name, value in phase.coefficients.items() if name != "value"})
+        phase.drawn = phase.began if self.online.rollout.ahead else number
         phase.rollout, phase.made, phase.began = phase.rollout + 1, 0, number
         failpoint("rollout.left")
 

@@ -53,15 +53,15 @@ def asked(example: Example, texts: Sequence[str], config: DenseConfig) -> tuple[
 def laid(
     scores: np.ndarray, places: Sequence[Sequence[int]], tokens: Sequence[Sequence[tuple[int, int]]], config: DenseConfig
 ) -> list[np.ndarray]:
-    """Rewards by token, an array a response, of the flat `scores` of all segments."""
+    """Rewards by token, an array a response, of the flat `scores` of all segments; NaN on tokens that end none."""
     out, at = [], 0
     for ends_of, offsets_of in zip(places, tokens, strict=True):
         mine = scores[at : at + len(ends_of)]
         at += len(ends_of)
         if config.of == "gain":
             mine = np.diff(mine, prepend=0.0)
-        rewards = np.zeros(len(offsets_of))
+        rewards = np.full(len(offsets_of), np.nan)
         for place, value in zip(segment_end(ends_of, offsets_of), mine, strict=True):
-            rewards[place] += config.weight * value
+            rewards[place] = np.nan_to_num(rewards[place]) + config.weight * value
         out.append(rewards)
     return out
