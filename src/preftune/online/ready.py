@@ -61,14 +61,29 @@ def ready(name: str, config: OnlineConfig, world: World) -> Ready:
     if config.reference:
         load.locate(config.reference)
     tokenizer = load.load_tokenizer(source, template=_template(config))
-    for example in (*prompts, *held_out):
-        if len(tokenizer.encode_prompt(example.prompt)) + config.rollout.max_new_tokens > config.max_length:
-            what = f"the prompt and {config.rollout.max_new_tokens} new tokens are more than max_length ({config.max_length})"
-            raise UserError(what, where=example.where, fix="Raise it, lower rollout.max_new_tokens, or leave the prompt out.")
+    prompts, cut = _fitting(prompts, tokenizer, config)
+    held_out, cut_too = _fitting(held_out, tokenizer, config) if held_out else ([], [])
     compute = compute_dtype(config.precision, world.device)
     judges, notices = _judges(config, compute, world.device, prompts[0])
     pretraining = _pretraining(config, tokenizer) if config.pretraining else None
-    return Ready(row, config, source, tokenizer, prompts, held_out, hashes, judges, pretraining, compute, notices)
+    return Ready(row, config, source, tokenizer, prompts, held_out, hashes, judges, pretraining, compute, [*cut, *cut_too, *notices])
+
+
+def _fitting(prompts: list[Example], tokenizer: ChatTokenizer, config: OnlineConfig) -> tuple[list[Example], list[str]]:
+    """The prompts that leave room for a whole response, and a notice of the others. Raises UserError where none is left."""
+    room = config.max_length - config.rollout.max_new_tokens
+    short = [example for example in prompts if len(tokenizer.encode_prompt(example.prompt)) <= room]
+    if len(short) == len(prompts):
+        return prompts, []
+    kept = {id(example) for example in short}
+    where = [example.where for example in prompts if id(example) not in kept]
+    what = (
+        f"{len(where)} of {len(prompts)} prompts are left out: with {config.rollout.max_new_tokens} new tokens they are longer than "
+        f"max_length ({config.max_length}): {', '.join(where[:3])}{' ...' if len(where) > 3 else ''}"
+    )
+    if not short:
+        raise UserError(what, where="max_length", fix="Raise it, or lower rollout.max_new_tokens.")
+    return short, [f"{what}."]
 
 
 def _template(config: OnlineConfig) -> str | None:
