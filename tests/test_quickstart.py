@@ -10,6 +10,9 @@ import pytest
 from preftune import quickstart
 from preftune.cli.console import progress_console
 from preftune.formats import prompt_key, read
+from preftune.online.config import OnlineConfig
+from preftune.quickstart import plan
+from preftune.rounds.ready import read_prompts
 from preftune.training.metrics import read_metrics
 from preftune.training.setup import read_sides
 from tests import tiny
@@ -19,23 +22,23 @@ from tests import tiny
 def done(tmp_path_factory):
     root = tmp_path_factory.mktemp("quickstart")
     model = tiny.save(root / "model", max_position_embeddings=1024)
-    changed = {**quickstart.SHARED, "max_steps": 2, "prompts_per_step": 4, "max_length": 1024, "save_every": 1}
+    changed = {**plan.SHARED, "max_steps": 2, "prompts_per_step": 4, "max_length": 1024, "save_every": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "MODEL", str(model))
-        patch.setattr(quickstart, "SHARED", changed)
-        patch.setattr(quickstart, "NEW_TOKENS", 8)
-        patch.setattr(quickstart, "WRITTEN", 4)
+        patch.setattr(plan, "MODEL", str(model))
+        patch.setattr(plan, "SHARED", changed)
+        patch.setattr(plan, "NEW_TOKENS", 8)
+        patch.setattr(plan, "WRITTEN", 4)
         assert quickstart.quickstart(root / "out", progress_console()) == 0
         before = {p: p.stat().st_mtime_ns for p in (root / "out").rglob("metrics.jsonl")}
         assert quickstart.quickstart(root / "out", progress_console()) == 0
-        assert {p: p.stat().st_mtime_ns for p in (root / "out").rglob("metrics.jsonl")} == before and len(before) == 3
+        assert {p: p.stat().st_mtime_ns for p in (root / "out").rglob("metrics.jsonl")} == before and len(before) == 4
     return root / "out"
 
 
 def test_every_figure_is_the_one_in_the_file_it_names(done):
     results = json.loads((done / "evaluation.json").read_text())
     figures = [m for s in results["sections"] for m in s["metrics"]]
-    assert len(figures) == 10
+    assert len(figures) == 12
     for figure in figures:
         name, _, pointer = figure["source"].partition("#/")
         found = json.loads((done / name).read_text())
@@ -49,18 +52,23 @@ def test_figures_follow_from_their_records(done):
     for key in ("reward_accuracy", "implicit_accuracy", "length_accuracy"):
         margins = np.array(list(measured[key]["values"].values()))
         assert measured[key]["value"] == pytest.approx(float((0.5 + 0.5 * np.sign(margins)).mean()))
-    for key in ("kl", "length_before", "reward_gain"):
+    for key in ("kl", "length_before", "reward_gain", "reinforced_gain"):
         assert measured[key]["value"] == pytest.approx(np.mean(list(measured[key]["values"].values())), abs=1e-5)
     assert measured["kl"]["value"] >= 0
 
 
 def test_no_held_out_prompt_was_trained_on(done):
     held = {p.partition(" (")[0] for p in json.loads((done / "measurements.json").read_text())["reward_accuracy"]["values"]}
-    prompts = {e.where: prompt_key(e) for e in read(quickstart.SHARED["data"]).examples}
-    for plan in quickstart.PLAN:
-        train, side = read_sides(quickstart._config(plan, done))
-        assert held <= {e.where for e in side.examples}
-        assert not {prompts[place] for place in held} & {prompt_key(e) for e in train.examples}
+    prompts = {e.where: prompt_key(e) for e in read(plan.SHARED["data"]).examples}
+    for stage in plan.PLAN:
+        config = plan.config(stage, done)
+        if isinstance(config, OnlineConfig):
+            train, side, _ = read_prompts(config)
+            assert {prompts[place] for place in held} == {prompt_key(e) for e in side}
+        else:
+            train, side = (one.examples for one in read_sides(config))
+            assert held <= {e.where for e in side}
+        assert not {prompts[place] for place in held} & {prompt_key(e) for e in train}
 
 
 def test_the_first_dpo_loss_is_ln_2(done):

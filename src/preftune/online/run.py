@@ -32,8 +32,8 @@ from preftune.training.failpoints import failpoint
 from preftune.training.learner import Schedule, Step, make_optimizer
 from preftune.training.loop import Position
 from preftune.training.manifest import RunManifest, Session
-from preftune.training.progress import meter
-from preftune.training.run import MAY_CHANGE, Run, peak_memory
+from preftune.training.progress import meter, peak_memory
+from preftune.training.run import MAY_CHANGE, Run
 from preftune.training.rundir import RunDirectory
 from preftune.training.signals import GracefulStop, Stopped
 

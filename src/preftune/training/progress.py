@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -68,6 +71,14 @@ def tracked(items: Iterable[T], console: Console, title: str, total: int) -> Ite
         for index, item in enumerate(items, start=1):
             yield item
             shown.at(index)
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes; on a GPU, of its allocations."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _clock(seconds: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -31,21 +30,13 @@ from preftune.training.failpoints import failpoint
 from preftune.training.learner import Interrupted, Schedule, Step, make_optimizer
 from preftune.training.loop import Position, fit
 from preftune.training.manifest import RunManifest, Session
-from preftune.training.progress import Meter, meter
+from preftune.training.progress import Meter, meter, peak_memory
 from preftune.training.rundir import RunDirectory
 from preftune.training.setup import Setup, cache_reference, prepare
 from preftune.training.signals import GracefulStop, Stopped
 
 MAY_CHANGE = frozenset({"output", "resume", "save_every", "keep_checkpoints", "threads", "device", "tokens_per_microbatch"})
 """Config keys that a resumed run may give another value: they change no result beyond rounding."""
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes; on a GPU, of its allocations."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 @dataclass
