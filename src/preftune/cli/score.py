@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from preftune.cli.choices import OnError, Precision
+from preftune.cli.processes import require_one_process
 
 
 def score(
@@ -41,6 +42,7 @@ def score(
     from preftune.training.setup import compute_dtype
     from preftune.training.signals import GracefulStop
 
+    require_one_process("preftune score")
     config = parse(judge)
     if formats.writable(output).exists():
         raise UserError("the file is there already", where=str(output), fix="Remove it, or give another --output.")

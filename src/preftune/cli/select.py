@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from preftune.cli.choices import OnError
+from preftune.cli.processes import require_one_process
 from preftune.selection.pairing import PAIRINGS
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _read(files: Sequence[str], output: Path, on_error: OnError) -> Sequence[Exa
     from preftune import formats
     from preftune.errors import UserError
 
+    require_one_process("preftune select")
     if formats.writable(output).exists():
         raise UserError("the file is there already", where=str(output), fix="Remove it, or give another --output.")
     return formats.read(list(files), on_error=on_error.value).examples

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Example, Response
-from preftune.rollout.engine import Engine
 from preftune.rollout.journal import Journal
 from preftune.rollout.samples import Sample
 from preftune.rollout.sampling import Sampling
 
 
+class Sampler(Protocol):
+    """What draws responses: the local engine, or a vLLM server."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int = 0,
+        *,
+        numbers: Sequence[Sequence[int]] | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Sample]:
+        """The responses 0 .. n-1 to each prompt (token ids), or those in `numbers`, as they end; none more once `give_up` says so."""
+        ...
+
+
 def draw(
-    engine: Engine,
+    engine: Sampler,
     tokenizer: ChatTokenizer,
     examples: Sequence[Example],
     n: int,

@@ -9,6 +9,7 @@ from pydantic import Field, create_model, model_validator
 
 from preftune.configfile import Section, problem
 from preftune.rewards.config import JudgeConfig
+from preftune.rollout.config import EngineName, VllmConfig
 from preftune.training.config import DataConfig, Positive, RunConfig, Share
 
 
@@ -43,6 +44,21 @@ class RolloutConfig(Section):
         return self.temperature[number - 1] if isinstance(self.temperature, tuple) else self.temperature
 
 
+class RoundsRollout(RolloutConfig):
+    """How responses are drawn, and by which engine."""
+
+    known_as: ClassVar[dict[str, str]] = RolloutConfig.known_as | {"engine": "backend use_vllm inference_engine", "vllm": "vllm_config"}
+
+    engine: EngineName = Field(EngineName.local, description="What draws: the engine here, or a vLLM server.")
+    vllm: VllmConfig = Field(VllmConfig.model_validate({}), description="The vLLM server, for `engine: vllm`.")
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> RoundsRollout:
+        if self.engine is EngineName.local and self.vllm != VllmConfig.model_validate({}):
+            raise problem("`vllm` has no effect with `engine: local`", "rollout.vllm")
+        return self
+
+
 class RoundsConfig(RunConfig):
     """Everything a run in rounds may be told."""
 
@@ -66,7 +82,7 @@ class RoundsConfig(RunConfig):
         "last", description="Train each round from the last round's model, or from the first model anew, as Llama 2 does."
     )
     keep_models: bool = Field(False, description="Keep every round's model; else only the newest is kept.")
-    rollout: RolloutConfig = Field(RolloutConfig.model_validate({}), description="How responses are drawn.")
+    rollout: RoundsRollout = Field(RoundsRollout.model_validate({}), description="How responses are drawn.")
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> RoundsConfig:

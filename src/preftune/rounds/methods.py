@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from preftune.configfile import Section, problem
 from preftune.methods import find
 from preftune.records import Example
-from preftune.rounds.config import RolloutConfig, rounds_config
+from preftune.rounds.config import RoundsRollout, rounds_config
 from preftune.selection.select import Selected, choose, finished, pairs, raft, rso, threshold, top
 from preftune.training.config import Positive, RunConfig, run_config
 
@@ -131,7 +131,7 @@ ROWS = (
         RsoKnobs,
         _rso,
         lambda knobs: (knobs.loss, knobs.objective),
-        {"rounds": 1, "start": "first", "lr": 1e-6, "rollout": RolloutConfig.model_validate({"n": 64, "temperature": 0.7, "top_k": 40})},
+        {"rounds": 1, "start": "first", "lr": 1e-6, "rollout": RoundsRollout.model_validate({"n": 64, "temperature": 0.7, "top_k": 40})},
         also_known_as=("statistical_rejection_sampling", "statistical_rejection"),
     ),
 )

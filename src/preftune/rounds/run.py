@@ -30,7 +30,8 @@ from preftune.packing.chat import ChatTokenizer
 from preftune.records import Example
 from preftune.report.page import CHANGE_FILE
 from preftune.rewards.judge import Opened, header, score
-from preftune.rollout.draw import draw, lacking, records
+from preftune.rollout.config import EngineName
+from preftune.rollout.draw import Sampler, draw, lacking, records
 from preftune.rollout.engine import Engine
 from preftune.rollout.journal import Journal
 from preftune.rollout.sampling import Sampling
@@ -38,16 +39,19 @@ from preftune.rounds.config import RoundsConfig
 from preftune.rounds.figures import change, evaluated, merged, score_words, sentence
 from preftune.rounds.methods import ITERATED, Iterated
 from preftune.rounds.ready import ready, template, training_config
+from preftune.rounds.served import Served
 from preftune.selection.best_of_n import best_of_n_curve
 from preftune.training.durable import replace_file
 from preftune.training.failpoints import failpoint
 from preftune.training.manifest import RunManifest, Session
-from preftune.training.progress import meter
-from preftune.training.run import MAY_CHANGE, peak_memory
+from preftune.training.progress import meter, peak_memory
+from preftune.training.run import MAY_CHANGE
 from preftune.training.run import train as train_once
 from preftune.training.rundir import FINAL, RunDirectory
 from preftune.training.signals import GracefulStop, Stopped
 
+HERE = {"rollout.cache_gb", "keep_models", *(f"rollout.vllm.{name}" for name in ("python", "url", "parallel", "timeout", "patience"))}
+"""Settings that may change where a run goes on."""
 FACTS = "facts.json"
 """What a finished round or evaluation says of itself."""
 
@@ -71,6 +75,7 @@ class Rounds:
     compute: torch.dtype
     stop: GracefulStop
     _policy: tuple[str, LanguageModel, ChatTokenizer] | None = field(default=None, repr=False)
+    _served: Served | None = field(default=None, repr=False)
 
     @property
     def path(self) -> Path:
@@ -134,12 +139,12 @@ class Rounds:
             return list(formats.read(output).examples)
         source = load.locate(self.model(model))
         facts = {"samples": 1, "model": load.fingerprint(source), "seed": seed, "precision": str(self.compute), **vars(sampling)}
+        facts |= {"engine": "vllm"} if self.config.rollout.engine is EngineName.vllm else {}
         with Journal(output.with_name(f"{output.name}.partial"), json.loads(json.dumps(facts))) as journal:
             total = n * len(examples)
             done = total - sum(map(len, lacking(examples, n, journal)))
             if done < total:
-                policy, tokenizer = self.policy(self.model(model))
-                engine = Engine(policy, tokenizer.turn_ends, tokenizer.decode, int(self.config.rollout.cache_gb * 1e9))
+                engine, tokenizer = self.sampler(self.model(model))
                 with meter(self.console, f"responses of {source.name}", total, done) as shown:
                     whole = draw(
                         engine, tokenizer, examples, n, sampling, seed, journal,
@@ -197,6 +202,7 @@ class Rounds:
 
     def train(self, folder: Path, number: int) -> dict[str, Any]:
         """Train on the selected records, by an ordinary run in the round's folder."""
+        facts = self.settle()
         self._policy = None
         gc.collect()
         base = self.model(number - 1) if self.config.start == "last" else self.config.model
@@ -206,7 +212,7 @@ class Rounds:
             raise _Interrupted(code)
         rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["kind"] == "train"]
-        return {"steps": len(steps), "loss": steps[-1]["loss"], "tokens": sum(row["tokens"] for row in steps)}
+        return {"steps": len(steps), "loss": steps[-1]["loss"], "tokens": sum(row["tokens"] for row in steps), **facts}
 
     def asked_to_stop(self) -> bool:
         """Whether a signal came."""
@@ -218,6 +224,27 @@ class Rounds:
             raise _Interrupted(self.stop.exit_code)
 
     # --- what the phases need ---------------------------------------------------------------------------------------------------
+
+    def sampler(self, model: str) -> tuple[Sampler, ChatTokenizer]:
+        """What draws from the model, and its tokenizer."""
+        rollout = self.config.rollout
+        if rollout.engine is EngineName.local:
+            policy, tokenizer = self.policy(model)
+            return Engine(policy, tokenizer.turn_ends, tokenizer.decode, int(rollout.cache_gb * 1e9)), tokenizer
+        if self._served is None or self._served.model != model:
+            self.settle()
+            self._served = Served(self, model)
+        return self._served.server, self._served.tokenizer
+
+    def settle(self) -> dict[str, float]:
+        """End the sampling server, where there is one, and say how its log-probabilities agreed with the model's own."""
+        served, self._served = self._served, None
+        return {} if served is None else served.settle()
+
+    def close(self) -> None:
+        """End the sampling server, whatever happened."""
+        if self._served is not None:
+            self._served.close()
 
     def policy(self, model: str) -> tuple[LanguageModel, ChatTokenizer]:
         """The model to sample from, loaded once for as long as it is the same."""
@@ -287,7 +314,11 @@ def train(name: str, config: RoundsConfig, console: Console) -> int:
             if run is None:
                 console.print(f"This run is finished: its model is in {config.output}/{FINAL}.")
                 return 0
-            found = run.all()
+            try:
+                found = run.all()
+                run.settle()
+            finally:
+                run.close()
         except Stopped:
             console.print("Stopped before the first round; the same command goes on from here.")
             return stop.exit_code
@@ -323,7 +354,7 @@ def prepare(
         session=Session.begin([sys.executable, *sys.argv], torch.get_num_threads()),
         model_hash=load.fingerprint(found.source),
     )
-    decision = directory.decide_resume(current, config.resume, may_change=MAY_CHANGE | {"rollout.cache_gb", "keep_models"})
+    decision = directory.decide_resume(current, config.resume, may_change=MAY_CHANGE | HERE)
     previous = directory.manifest()
     manifest = previous.resumed(current) if previous else current
     if decision == "finished" and directory.final.is_dir():
