@@ -12,7 +12,8 @@ from preftune.configfile import Section, problem
 from preftune.methods import find
 from preftune.records import Example
 from preftune.rounds.config import RoundsRollout, rounds_config
-from preftune.selection.select import Selected, choose, finished, pairs, raft, rso, threshold, top
+from preftune.rounds.penalty import judged
+from preftune.selection.select import Chooser, Selected, choose, finished, pairs, raft, rso, top
 from preftune.training.config import Positive, RunConfig, run_config
 
 
@@ -32,6 +33,9 @@ class RaftKnobs(BestKnobs):
         "local", description="the k best responses to each prompt (local), or the best share of a round's responses whatever their prompt"
     )
     share: float = Field(0.2, gt=0, le=1, description="for ranking global: the share of a round's responses that is learned")
+    kl: float = Field(
+        0.0, ge=0, description="rank by score - kl * (log-probability - the reference's), so that what strays far from it counts less"
+    )
 
     @model_validator(mode="after")
     def _used(self) -> RaftKnobs:
@@ -69,12 +73,19 @@ class Iterated:
     defaults: dict[str, Any] = field(default_factory=dict)
     needs: str = "a prompt; a judge scores what the model answers"
     also_known_as: tuple[str, ...] = ()
+    penalty: Callable[[Any], float] = lambda knobs: 0.0
+    """How much of its divergence from the reference a response's score is less, given the knobs."""
+
+
+def _bar(least: float | None) -> Chooser:
+    """Responses that the judge itself gave at least this; all without a bar."""
+    return lambda example, scores: [i for i, response in enumerate(example.responses) if least is None or judged(response) >= least]
 
 
 def _best(examples: Sequence[Example], knobs: BestKnobs, seed: int) -> Selected:
     usable = finished(examples) if knobs.only_finished else list(examples)
-    found = choose(usable, top(knobs.k))
-    return found if knobs.at_least is None else found.among(choose(found.examples, threshold(knobs.at_least)))
+    found = choose(usable, _bar(knobs.at_least))
+    return found.among(choose(found.examples, top(knobs.k)))
 
 
 def _raft(examples: Sequence[Example], knobs: RaftKnobs, seed: int) -> Selected:
@@ -82,7 +93,7 @@ def _raft(examples: Sequence[Example], knobs: RaftKnobs, seed: int) -> Selected:
         return _best(examples, knobs, seed)
     usable = finished(examples) if knobs.only_finished else list(examples)
     found = raft(usable, knobs.share)
-    return found if knobs.at_least is None else found.among(choose(found.examples, threshold(knobs.at_least)))
+    return found.among(choose(found.examples, _bar(knobs.at_least)))
 
 
 def _rso(examples: Sequence[Example], knobs: RsoKnobs, seed: int) -> Selected:
@@ -121,6 +132,7 @@ ROWS = (
         _supervised,
         {"lr": 2e-5},
         also_known_as=("reward_ranked_finetuning",),
+        penalty=lambda knobs: knobs.kl,
     ),
     Iterated(
         "rso",

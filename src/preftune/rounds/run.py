@@ -38,6 +38,7 @@ from preftune.rollout.sampling import Sampling
 from preftune.rounds.config import RoundsConfig
 from preftune.rounds.figures import change, evaluated, merged, score_words, sentence
 from preftune.rounds.methods import ITERATED, Iterated
+from preftune.rounds.penalty import PENALISED, divergence, judged, penalised
 from preftune.rounds.ready import ready, template, training_config
 from preftune.rounds.served import Served
 from preftune.selection.best_of_n import best_of_n_curve
@@ -76,6 +77,7 @@ class Rounds:
     stop: GracefulStop
     _policy: tuple[str, LanguageModel, ChatTokenizer] | None = field(default=None, repr=False)
     _served: Served | None = field(default=None, repr=False)
+    _agreed: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def path(self) -> Path:
@@ -120,7 +122,7 @@ class Rounds:
             folder / "samples.jsonl", number - 1, self.prompts_of(number), self.config.rollout.n, self.sampling(number), seed
         )
         scored = self.score(folder / "scored.jsonl", sampled)
-        facts = self.select(folder / "selected.jsonl", scored, number)
+        facts = self.select(folder / "selected.jsonl", penalised(self, folder / PENALISED, scored, number), number)
         self.console.print(f"{said}: {sentence(facts)}", soft_wrap=True)
         facts |= self.train(folder, number)
         facts |= {"seconds": round(time.monotonic() - start, 3), "peak_memory": peak_memory()}
@@ -178,7 +180,8 @@ class Rounds:
         """Write what is learned of the round's responses, or of all rounds', and say what that did to the scores."""
         pool = list(scored)
         if self.config.pool == "all":
-            pool = merged([*(e for r in range(1, number) for e in _records(self.folder("rounds", r) / "scored.jsonl")), *scored])
+            name = PENALISED if self.row.penalty(self.config.method) else "scored.jsonl"
+            pool = merged([*(e for r in range(1, number) for e in _records(self.folder("rounds", r) / name)), *scored])
         found = self.row.select(pool, self.config.method, self.config.seed + number)
         if not found.examples:
             raise UserError(
@@ -189,20 +192,22 @@ class Rounds:
         if not output.exists():
             formats.write(found.examples, output)
         failpoint("round.selected")
-        best = [[float(r.score) for r in e.responses] for e in scored]  # type: ignore[arg-type]
+        best = [[judged(r) for r in e.responses] for e in scored]
+        chosen = [judged(r) for e in found.examples for r in e.responses]
         return {
             "responses": sum(len(e.responses) for e in pool),
             "selected": len(found.after),
             "records": len(found.examples),
             "prompts_without": found.prompts_without,
             "score_sampled": float(np.concatenate([np.asarray(one) for one in best]).mean()),
-            "score_selected": float(found.after.mean()),
+            "score_selected": float(np.mean(chosen)),
+            **divergence(scored),
             "best_of_n": best_of_n_curve(best),
         }
 
     def train(self, folder: Path, number: int) -> dict[str, Any]:
         """Train on the selected records, by an ordinary run in the round's folder."""
-        facts = self.settle()
+        self.settle()
         self._policy = None
         gc.collect()
         base = self.model(number - 1) if self.config.start == "last" else self.config.model
@@ -212,7 +217,7 @@ class Rounds:
             raise _Interrupted(code)
         rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["kind"] == "train"]
-        return {"steps": len(steps), "loss": steps[-1]["loss"], "tokens": sum(row["tokens"] for row in steps), **facts}
+        return {"steps": len(steps), "loss": steps[-1]["loss"], "tokens": sum(row["tokens"] for row in steps), **self._agreed}
 
     def asked_to_stop(self) -> bool:
         """Whether a signal came."""
@@ -236,10 +241,11 @@ class Rounds:
             self._served = Served(self, model)
         return self._served.server, self._served.tokenizer
 
-    def settle(self) -> dict[str, float]:
+    def settle(self) -> None:
         """End the sampling server, where there is one, and say how its log-probabilities agreed with the model's own."""
         served, self._served = self._served, None
-        return {} if served is None else served.settle()
+        if served is not None:
+            self._agreed = served.settle()
 
     def close(self) -> None:
         """End the sampling server, whatever happened."""
