@@ -82,3 +82,16 @@ def test_a_setting_that_would_do_nothing_is_refused(more: dict, told: str, tmp_p
     with pytest.raises(UserError) as error:
         configfile.load(config_kind("ppo"), None, base={**BASE, "judge": {"parts": {"help": "length", "harm": "finished"}}, **more})
     assert told in str(error.value)
+
+
+def test_running_normalisation_is_that_of_all_scores_together_whatever_the_parts() -> None:
+    scores = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5 + 3
+    seen = (0.0, 0.0, 0.0)
+    for part in (scores[:, :2], scores[:, 2:3], scores[:, 3:]):
+        seen = steering.taken_in(seen, part)
+    wanted = (scores - scores.mean()) / scores.std()
+    assert torch.allclose(steering.normalised(scores, seen), wanted, atol=1e-6)
+    assert steering.taken_in(seen, torch.full((2, 2), torch.nan)) == seen
+    assert torch.equal(
+        steering.normalised(torch.full((1, 2), 7.0), steering.taken_in((0.0, 0.0, 0.0), torch.full((1, 2), 7.0))), torch.zeros(1, 2)
+    )

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from preftune.models.policy import LanguageModel
-from preftune.online import monitor
+from preftune.online import monitor, steering
 from preftune.online.actor import OnlineLearner
 from preftune.online.ahead import Ahead
 from preftune.online.config import OnlineConfig
@@ -45,6 +45,7 @@ from preftune.training.progress import meter
 AT_ONCE = 256
 """Responses that are drawn together, and kept together: what a kill can cost."""
 Shown = Callable[[int], None]
+Seen = tuple[float, float, float]
 EXPERIENCE, SHOWN = "experience.safetensors", "shown.json"
 
 
@@ -69,11 +70,11 @@ class Collector:
 
     # --- what a rollout is made of ----------------------------------------------------------------------------------------------
 
-    def experience(self, rollout: int, step: int, start: Cursor, coefficients: dict[str, float]) -> tuple[Experience, Cursor]:
+    def experience(self, rollout: int, step: int, start: Cursor, coefficients: dict[str, float], seen: Seen) -> tuple[Experience, Cursor]:
         """Rollout `rollout` (from 1) of the prompts behind `start`, drawn by the weights after `step` steps; and where prompts go on."""
         folder = self.folder / str(rollout)
         if not (folder / EXPERIENCE).exists():
-            self._collect(folder, rollout, step, start, coefficients).save(folder / EXPERIENCE)
+            self._collect(folder, rollout, step, start, coefficients, seen).save(folder / EXPERIENCE)
             failpoint("rollout.kept")
         found = Experience.load(folder / EXPERIENCE)
         return found, self._behind(start, found.taken)
@@ -93,7 +94,7 @@ class Collector:
         for chosen, _ in steps(len(self.prompts), 1, self.config.epochs, self.config.seed, start):
             yield int(chosen[0])
 
-    def _collect(self, folder: Path, rollout: int, step: int, start: Cursor, coefficients: dict[str, float]) -> Experience:
+    def _collect(self, folder: Path, rollout: int, step: int, start: Cursor, coefficients: dict[str, float], seen: Seen) -> Experience:
         config, clock = self.config, _Clock()
         redraws, wanted = getattr(config.knobs, "redraw", 0), config.prompts_per_rollout
         chosen: list[int] = []
@@ -123,7 +124,7 @@ class Collector:
         greedy = self._greedy(folder, rollout, step, chosen, clock) if self.row.greedy else None
         gold = self._gold(folder, rollout, kept, clock)
         with clock("looking"):
-            trees, figures = self._look(chosen, kept, greedy, coefficients, rollout)
+            trees, figures = self._look(chosen, kept, greedy, coefficients, rollout, seen)
         figures |= gold | {"prompts_drawn": float(taken)} | clock.seconds
         figures["sampled_tokens_per_second"] = drawn / max(clock.seconds["seconds_sampling"], 1e-9)
         self._show(folder, rollout, kept, chosen)
@@ -201,14 +202,14 @@ class Collector:
         with meter(self.console, title, total, done) as bar:
             yield bar.at
 
-    def _greedy(self, folder: Path, rollout: int, step: int, chosen: Sequence[int], clock: _Clock) -> Tensor:
-        """[G] score of the likeliest response to each prompt."""
+    def _greedy(self, folder: Path, rollout: int, step: int, chosen: Sequence[int], clock: _Clock) -> tuple[Tensor, list[list[Sample]]]:
+        """[G, 1] scores of the likeliest response to each prompt, and the responses."""
         with clock("sampling"):
             samples = self.sample(folder, rollout, step, chosen, 1, replace(self.sampling, temperature=0.0), "greedy")
         with clock("judging"):
             examples = [self.judging.record(self.prompts[i], mine) for i, mine in zip(chosen, samples, strict=True)]
             scored = self.judging.ask(folder / "scores-greedy.jsonl", examples, self.judging.judges.judge)
-        return self.judging.counted(torch.from_numpy(scores_in(scored)), *shape_of(samples))[0].squeeze(1)
+        return torch.from_numpy(scores_in(scored)), samples
 
     def _gold(self, folder: Path, rollout: int, found: Judged, clock: _Clock) -> dict[str, float]:
         gold = self.judging.judges.gold
@@ -220,7 +221,13 @@ class Collector:
     # --- looking, with frozen weights -------------------------------------------------------------------------------------------
 
     def _look(
-        self, chosen: Sequence[int], found: Judged, greedy: Tensor | None, coefficients: dict[str, float], rollout: int
+        self,
+        chosen: Sequence[int],
+        found: Judged,
+        greedy: tuple[Tensor, list[list[Sample]]] | None,
+        coefficients: dict[str, float],
+        rollout: int,
+        seen: Seen,
     ) -> tuple[list[Tree], dict[str, float]]:
         """Trees that know everything, and the rollout's figures."""
         knobs = self.config.knobs
@@ -232,17 +239,27 @@ class Collector:
         drawn, mask = grid(trees, DRAWN)
         told = lambda name: grid(trees, name)[0] if name in trees[0].told else None
         old, reference, values = told("old"), told("reference"), told("value")
-        scores, weights = self.judging.counted(self.judging.combined(found, coefficients.get("cost", 0.0)), *shape_of(found.samples))
+        combined = self.judging.combined(found, coefficients.get("cost", 0.0))
+        running = steering.taken_in(seen, combined) if knobs.normalise == "running" else None
+        if running is not None:
+            combined = steering.normalised(combined, running)
+        scores, weights = self.judging.counted(combined, *shape_of(found.samples))
         dense = torch.full_like(drawn, torch.nan)
         for row, rewards in enumerate(r for mine in found.dense for r in mine):
             dense[row, : len(rewards)] = torch.from_numpy(rewards)
         ends = mask & ~dense.isnan()
+        baseline = None
+        if greedy is not None:
+            likeliest = greedy[0] if running is None else steering.normalised(greedy[0], running)
+            baseline = self.judging.counted(likeliest, *shape_of(greedy[1]))[0].squeeze(1)
         gathered = Gathered(
-            scores, weights, mask, dense.nan_to_num() * mask, ends, drawn if old is None else old, reference, values, greedy
+            scores, weights, mask, dense.nan_to_num() * mask, ends, drawn if old is None else old, reference, values, baseline
         )
         advantages, returns = self.row.advantages(gathered, knobs, coefficients["kl"])
         figures = self._figures(found, gathered, old, drawn)
         figures |= monitor.of_critic(gathered, returns)
+        if running is not None:
+            figures |= dict(zip(("scores_seen", "scores_mean", "scores_squares"), running, strict=True))
         trees = learned(trees, advantages=advantages, returns=returns, weights=weights.numpy(), scores=scores.numpy(), ratio_known=several)
         return trees, figures
 

@@ -30,6 +30,9 @@ class OnlineKnobs(Knobs):
         None, description="DAPO's soft penalty (2503.14476): from 0 to -1 over the last so many tokens before max_new_tokens; null is none"
     )
     reward_clip: float | None = Field(None, gt=0, description="scores are cut to +- this; null is no bound")
+    normalise: Literal["none", "running"] = Field(
+        "none", description="running gives scores mean 0 and deviation 1 by all scores seen so far in the run"
+    )
     passes: Positive = Field(1, description="passes over a rollout")
     target_kl: float | None = Field(
         None, gt=0, description="a rollout's later steps are left out once the approximate KL to where it was drawn passes this"

@@ -50,6 +50,8 @@ class Phase:
     """The step after which the rollout's first step comes."""
     drawn: int = 0
     """The step whose weights drew the rollout."""
+    seen: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Number, mean and squared deviations of all scores so far."""
     coefficients: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     alarm: str | None = None
@@ -104,7 +106,7 @@ class OnlineRun(Run):
 
     def recall(self, state: dict[str, Any]) -> None:
         """Take the phase back."""
-        self.phase = Phase(**state["online"])
+        self.phase = Phase(**{**state["online"], "seen": tuple(state["online"]["seen"])})
         self.learner.coefficients = dict(self.phase.coefficients)
 
     def restore(self) -> None:
@@ -134,7 +136,7 @@ class OnlineRun(Run):
     def _rollout(self, total: int) -> Iterator[tuple[Position, Step]]:
         """The steps of the rollout under way that are left. The position moves on to the next prompts with its last step."""
         phase, learner, start = self.phase, self.learner, self.position.cursor
-        found, behind = self.collector.experience(phase.rollout, phase.drawn, start, phase.coefficients)
+        found, behind = self.collector.experience(phase.rollout, phase.drawn, start, phase.coefficients, phase.seen)
         groups = self.collector.step_groups(len(found.trees), phase.rollout)
         end = phase.began + len(groups)
         last_of_all = behind.epoch >= self.online.epochs
@@ -176,6 +178,8 @@ class OnlineRun(Run):
         phase, knobs = self.phase, self.online.knobs
         keys = ("score", "gold", "reference_perplexity", "response_tokens", "kl_response_k3")
         phase.history.append({key: figures[key] for key in keys if key in figures})
+        if "scores_seen" in figures:
+            phase.seen = (figures["scores_seen"], figures["scores_mean"], figures["scores_squares"])
         phase.coefficients = steering.after_rollout(phase.coefficients, self.online, figures, responses)
         phase.coefficients = steering.after_step(phase.coefficients, knobs, step.metrics.get("step_kl", 0.0))
         self.learner.coefficients = dict(phase.coefficients)
@@ -190,6 +194,10 @@ class OnlineRun(Run):
         phase.drawn = phase.began if self.online.rollout.ahead else number
         phase.rollout, phase.made, phase.began = phase.rollout + 1, 0, number
         failpoint("rollout.left")
+
+    def why_stopped(self) -> str:
+        """An alarm, or what early stopping says."""
+        return f"alarm, {self.phase.alarm}" if self.phase.alarm is not None else super().why_stopped()
 
     def evaluate(self) -> None:
         """Sample and score the held-out prompts, log, and remember the best."""

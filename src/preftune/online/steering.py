@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from preftune.objectives.kl import reference_coefficient, trust_region_coefficient
+from preftune.objectives.whitening import VARIANCE_FLOOR
 from preftune.online.config import OnlineConfig
 
 
@@ -39,3 +42,20 @@ def after_step(coefficients: dict[str, float], knobs: Any, step_kl: float) -> di
     if "penalty" not in coefficients:
         return coefficients
     return coefficients | {"penalty": trust_region_coefficient(coefficients["penalty"], step_kl, knobs.penalty_target)}
+
+
+def taken_in(seen: tuple[float, float, float], scores: Tensor) -> tuple[float, float, float]:
+    """Number, mean and summed squared deviations of what was seen before and of `scores` (Chan et al., 1979)."""
+    count, mean, squares = seen
+    new = scores[~scores.isnan()].double()
+    total = count + len(new)
+    if not len(new):
+        return seen
+    gap = float(new.mean()) - mean
+    return total, mean + gap * len(new) / total, squares + float((new - new.mean()).square().sum()) + gap**2 * count * len(new) / total
+
+
+def normalised(scores: Tensor, seen: tuple[float, float, float]) -> Tensor:
+    """Scores on the scale of all that was seen: mean 0, deviation 1."""
+    count, mean, squares = seen
+    return (scores - mean) / (squares / max(count - 1, 1) + VARIANCE_FLOOR) ** 0.5

@@ -230,8 +230,13 @@ class Run:
             self.save()
             return False
         if self.progress.stopped_early:
-            self.console.print(f"Stopped early at step {self.position.step}: no gain in {config.early_stopping}.")
+            self.console.print(f"Stopped early at step {self.position.step}: {self.why_stopped()}.", soft_wrap=True)
         return True
+
+    def why_stopped(self) -> str:
+        """Why the run ended before its last step."""
+        assert self.config.early_stopping is not None
+        return f"no gain in {self.config.early_stopping.metric} for {self.config.early_stopping.patience} evaluations"
 
     def _settle(self, total: int) -> None:
         """What is due after a step, or before the first: the evaluation, then the checkpoint."""
