@@ -13,6 +13,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "preftune.training.run",
+        "preftune.online.run",
         "preftune.cli.main",
         "transformers.models.llama.modeling_llama",
         "peft",

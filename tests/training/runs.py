@@ -72,6 +72,8 @@ def _child(words: list[str], log: str, trace: str) -> None:
 
 def _trace_failpoints(trace: str) -> None:
     """Append the name of every failpoint passed to the file `trace`, so that a killed process tells how far it came."""
+    from preftune.online import collect, judging
+    from preftune.online import run as online
     from preftune.rounds import run as rounds
     from preftune.training import checkpoint, durable, failpoints, metrics, run
 
@@ -81,7 +83,7 @@ def _trace_failpoints(trace: str) -> None:
         os.write(descriptor, f"{name}\n".encode())
         failpoints.failpoint(name)
 
-    for module in (checkpoint, durable, metrics, run, rounds):
+    for module in (checkpoint, durable, metrics, run, rounds, collect, judging, online):
         module.failpoint = traced
 
 
@@ -106,6 +108,11 @@ def digests(output: Path, *, last_only: bool = False) -> dict[str, str]:
     files = [file for path in (checkpoints[-1:] if last_only else checkpoints) for file in sorted(path.iterdir())]
     files.append(output / "final" / "model.safetensors")
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def is_timing(key: str) -> bool:
+    """Whether no two runs share it."""
+    return any(key == name or key.startswith(f"{name}_") for name in TIMINGS)
 
 
 def rows(output: Path) -> list[dict[str, Any]]:

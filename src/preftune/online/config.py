@@ -150,6 +150,71 @@ class OnlineConfig(RunConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> OnlineConfig:
+        """Refuse what would change nothing, or could not be done."""
+        knobs, rollout, alarms = self.knobs, self.rollout, self.alarms
+        compares = self.watch_reference or knobs.kl > 0
+        one_step = knobs.passes == 1 and self.prompts_per_rollout == self.prompts_per_step
+        truncates = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+        own = lambda name, default=None: getattr(knobs, name, default)
+        rolls_back = alarms is not None and alarms.action == "rollback"
+        without = "has no effect with `watch_reference: false` and `method.kl: 0`, which do without a reference"
+        rules = (
+            (not compares and self.reference is not None, "reference", f"`reference` {without}"),
+            (not compares and self.reference_sync is not None, "reference_sync", f"`reference_sync` {without}"),
+            (not compares and alarms is not None and alarms.kl is not None, "alarms.kl", f"`alarms.kl` {without}"),
+            (
+                not self.watch_reference and knobs.kl > 0,
+                "watch_reference",
+                "`watch_reference: false` has no effect where `method.kl` is above 0: the reference is needed anyway",
+            ),
+            (
+                rolls_back and (self.keep_checkpoints < 2 or self.save_every is None),
+                "alarms.action",
+                "`alarms.action: rollback` needs an older checkpoint: set `save_every`, and `keep_checkpoints` to 2 or more",
+            ),
+            (
+                one_step and knobs.target_kl is not None,
+                "method.target_kl",
+                "`target_kl` has no effect where a rollout makes one step: there is no later one to leave out",
+            ),
+            (
+                one_step and own("objective") == "penalty",
+                "method.objective",
+                "`objective: penalty` has no effect where a rollout makes one step: the policy is still where it was drawn",
+            ),
+            (
+                truncates and knobs.old_logp == "rollout",
+                "method.old_logp",
+                "`old_logp: rollout` would begin ratios elsewhere than at 1: `top_p`, `top_k` and `min_p` draw from fewer tokens",
+            ),
+            (
+                knobs.importance_cap is not None and knobs.old_logp == "rollout",
+                "method.importance_cap",
+                "`importance_cap` has no effect with `old_logp: rollout`: the sampler's own log-probabilities are taken",
+            ),
+            (
+                knobs.overlong is not None and knobs.overlong > rollout.max_new_tokens,
+                "method.overlong",
+                f"`overlong` ({knobs.overlong}) must be at most `rollout.max_new_tokens` ({rollout.max_new_tokens})",
+            ),
+            (
+                bool(self.dense) and own("scale", "group") != "group",
+                "method.scale",
+                "`scale` has no effect with `dense`: rewards of segments are divided by their group's deviation",
+            ),
+            (
+                self.lora is not None and self.lora.dropout > 0,
+                "lora.dropout",
+                "`lora.dropout` would make the policy differ from the one that drew: set it to 0",
+            ),
+        )
+        for broken, key, message in rules:
+            if broken:
+                raise problem(message, key)
+        return self
+
 
 def online_config(knobs: type[Section], defaults: Mapping[str, Any], compares: Callable[[Any], bool]) -> type[OnlineConfig]:
     """The config of one online method, its knobs as the `method` section and `defaults` in place of the general ones."""

@@ -150,9 +150,11 @@ def learned(
 def sample_line(index: int, one: Sample, text: str) -> dict[str, Any]:
     """A sample as it stands in a rollout's journal."""
     numbers = {"logp": [float(x) for x in one.logp], "drawn": [float(x) for x in one.drawn_logp]}
-    return {"prompt": str(index), "number": one.number, "ids": list(one.ids), "finish": one.finish, "text": text, **numbers}
+    said = {"ids": list(one.ids), "finish": one.finish, "text": text, "text_end": one.text_end}
+    return {"prompt": str(index), "number": one.number, **said, **numbers}
 
 
 def sample_of(line: Mapping[str, Any]) -> Sample:
     """What `sample_line` wrote."""
-    return Sample(int(line["prompt"]), line["number"], tuple(line["ids"]), line["finish"], np.array(line["logp"]), np.array(line["drawn"]))
+    logp, drawn = np.array(line["logp"]), np.array(line["drawn"])
+    return Sample(int(line["prompt"]), line["number"], tuple(line["ids"]), line["finish"], logp, drawn, line["text_end"])

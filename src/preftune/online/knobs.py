@@ -56,6 +56,8 @@ class OnlineKnobs(Knobs):
             raise problem("`kl_target` steers `kl`, which must not start at 0", "method.kl_target")
         if self.kl_target is None and changed("kl_horizon"):
             raise problem("`kl_horizon` has no effect without `kl_target`", "method.kl_horizon")
+        if self.kl == 0 and "kl_loss" in fields and changed("kl_loss"):
+            raise problem("`kl_loss` has no effect with `kl: 0`", "method.kl_loss")
         if self.missing_eos in ("keep", "mask") and changed("missing_eos_penalty"):
             raise problem(f"`missing_eos_penalty` has no effect with `missing_eos: {self.missing_eos}`", "method.missing_eos_penalty")
         return self

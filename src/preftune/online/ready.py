@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,8 @@ class Ready:
     pretraining: Pretraining | None
     compute: torch.dtype
     notices: list[str]
+    critic: load.Source | None
+    """Where the critic starts; None where there is none of its own."""
 
 
 def ready(name: str, config: OnlineConfig, world: World) -> Ready:
@@ -57,16 +60,20 @@ def ready(name: str, config: OnlineConfig, world: World) -> Ready:
             fix="Draw 2 or more.",
         )
     prompts, held_out, hashes = read_prompts(config)
+    if row.greedy and (config.normalise_parts or config.constraint):
+        key = "normalise_parts" if config.normalise_parts else "constraint"
+        raise UserError(f"{row.title} compares with the score of another response, on another scale", where=key, fix="Leave it out.")
     source = load.locate(config.model)
-    if config.reference:
-        load.locate(config.reference)
     tokenizer = load.load_tokenizer(source, template=_template(config))
+    critic, notices = _critic_source(config, source, tokenizer) if row.critic else (None, [])
+    hashes |= _more_hashes(config, source, critic)
     prompts, cut = _fitting(prompts, tokenizer, config)
     held_out, cut_too = _fitting(held_out, tokenizer, config) if held_out else ([], [])
     compute = compute_dtype(config.precision, world.device)
-    judges, notices = _judges(config, compute, world.device, prompts[0])
-    pretraining = _pretraining(config, tokenizer) if config.pretraining else None
-    return Ready(row, config, source, tokenizer, prompts, held_out, hashes, judges, pretraining, compute, [*cut, *cut_too, *notices])
+    judges, told = _judges(config, compute, world.device, prompts[0])
+    pretraining, sha256 = _pretraining(config, tokenizer) if config.pretraining else (None, {})
+    notices = [*cut, *cut_too, *notices, *told]
+    return Ready(row, config, source, tokenizer, prompts, held_out, hashes | sha256, judges, pretraining, compute, notices, critic)
 
 
 def _fitting(prompts: list[Example], tokenizer: ChatTokenizer, config: OnlineConfig) -> tuple[list[Example], list[str]]:
@@ -84,6 +91,18 @@ def _fitting(prompts: list[Example], tokenizer: ChatTokenizer, config: OnlineCon
     if not short:
         raise UserError(what, where="max_length", fix="Raise it, or lower rollout.max_new_tokens.")
     return short, [f"{what}."]
+
+
+def _more_hashes(config: OnlineConfig, policy: load.Source, critic: load.Source | None) -> dict[str, str]:
+    """What else a resumed run must find as it was: other models, and the template."""
+    found = {}
+    if config.reference:
+        found[config.reference] = load.fingerprint(load.locate(config.reference))
+    if critic is not None and critic is not policy:
+        found[f"critic {critic.name}"] = load.fingerprint(critic)
+    if config.chat_template:
+        found[config.chat_template] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
+    return found
 
 
 def _template(config: OnlineConfig) -> str | None:
@@ -107,10 +126,11 @@ def _judges(config: OnlineConfig, compute: torch.dtype, device: torch.device, fi
     return judges, [notice for one in judges.everyone for notice in one.notices]
 
 
-def _pretraining(config: OnlineConfig, tokenizer: ChatTokenizer) -> Pretraining:
+def _pretraining(config: OnlineConfig, tokenizer: ChatTokenizer) -> tuple[Pretraining, dict[str, str]]:
+    """The text to go on learning, and the hashes of its files."""
     assert config.pretraining is not None
     found = tokenise(read(config.pretraining.data), tokenizer, IMITATION, IMITATION.knobs(), config.max_length)
-    return Pretraining(found.trees, config.pretraining.weight, config.pretraining.prompts_per_step, config.seed)
+    return Pretraining(found.trees, config.pretraining.weight, config.pretraining.prompts_per_step, config.seed), found.hashes
 
 
 def prepare(found: Ready, world: World) -> Setup:
@@ -125,8 +145,7 @@ def prepare(found: Ready, world: World) -> Setup:
     shared = row.critic and knobs.critic == "shared"
     critic = None
     if row.critic and not shared:
-        critic, notice = _critic(found, world)
-        notices += [notice] if notice else []
+        critic = _critic(found, world)
     actor = ActorCritic(policy, critic, shared=shared)
     actor.to(world.device)
     if config.gradient_checkpointing:
@@ -157,25 +176,33 @@ def _adapter(config: OnlineConfig, model: LanguageModel | RewardModel, world: Wo
     if config.lora is None:
         return None
     lora = config.lora
-    if lora.dropout:
-        raise UserError("dropout would make the policy differ from the one that drew", where="lora.dropout", fix="Set lora.dropout to 0.")
     adapter = Adapter(model.hf, rank=lora.rank, alpha=lora.alpha, dropout=0.0, targets=lora.targets)
     model.backbone.hf.to(world.device)
     return adapter
 
 
-def _critic(found: Ready, world: World) -> tuple[RewardModel, str | None]:
-    """The critic where it starts, and a notice where it is another than was to be expected."""
-    config, wanted, notice = found.config, found.config.knobs.critic, None
-    if wanted == "auto":
-        judge = config.judge
-        word = judge.use if judge.use is not None and not is_rule(judge.use) else None
-        if word is not None and not _same_tokens(load.locate(word), found.tokenizer):
-            word, notice = None, f"The critic starts as a copy of the policy: {word} has another tokenizer."
-        wanted = word or "policy"
-    source = found.source if wanted == "policy" else load.locate(wanted)
-    if source is not found.source and not _same_tokens(source, found.tokenizer):
-        raise UserError("the critic must read the policy's tokens, and this model has another tokenizer", where="method.critic")
+def _critic_source(config: OnlineConfig, policy: load.Source, tokenizer: ChatTokenizer) -> tuple[load.Source | None, list[str]]:
+    """Where a critic of its own starts, and a notice where that is elsewhere than was to be expected."""
+    wanted, judge = config.knobs.critic, config.judge
+    if wanted == "shared":
+        return None, []
+    if wanted not in ("auto", "policy"):
+        source = load.locate(wanted)
+        if not _same_tokens(source, tokenizer):
+            raise UserError("the critic must read the policy's tokens, and this model has another tokenizer", where="method.critic")
+        return source, []
+    if wanted == "policy" or judge.use is None or is_rule(judge.use):
+        return policy, []
+    source = load.locate(judge.use)
+    if _same_tokens(source, tokenizer):
+        return source, []
+    return policy, [f"The critic starts as a copy of the policy: {judge.use} has another tokenizer."]
+
+
+def _critic(found: Ready, world: World) -> RewardModel:
+    """The critic where it starts."""
+    config, source = found.config, found.critic
+    assert source is not None
     classifier = load.load_classifier(source)
     if classifier is None:
         critic = critic_of(load.load_causal_lm(source), found.compute)
@@ -187,7 +214,7 @@ def _critic(found: Ready, world: World) -> tuple[RewardModel, str | None]:
     settle_layout(critic)
     _adapter(config, critic, world)
     critic.head.requires_grad_(True)
-    return critic, notice
+    return critic
 
 
 def _same_tokens(source: load.Source, tokenizer: ChatTokenizer) -> bool:

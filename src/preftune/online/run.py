@@ -32,7 +32,8 @@ from preftune.training.failpoints import failpoint
 from preftune.training.learner import Schedule, Step, make_optimizer
 from preftune.training.loop import Position
 from preftune.training.manifest import RunManifest, Session
-from preftune.training.progress import meter, peak_memory
+from preftune.training.progress import Meter, meter, peak_memory
+from preftune.training.reference import refuse_still
 from preftune.training.run import MAY_CHANGE, Run
 from preftune.training.rundir import RunDirectory
 from preftune.training.signals import GracefulStop, Stopped
@@ -94,6 +95,7 @@ class OnlineRun(Run):
         whole, rest = divmod(count * config.epochs, config.prompts_per_rollout)
         total = whole * self.collector.steps_of(config.prompts_per_rollout) + (self.collector.steps_of(rest) if rest else 0)
         total = min(total, config.max_steps or total)
+        refuse_still(config.reference_sync, total)
         learner.optimizer = make_optimizer(
             learner.parameters, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps, lr_scale=learner.lr_scale
         )
@@ -127,6 +129,14 @@ class OnlineRun(Run):
                 for step in checkpoint.saved_steps(self.directory.checkpoints)
             ]
             self.collector.tidy(min(needed, default=self.phase.rollout))
+
+    def train(self, total: int, shown: Meter) -> bool:
+        """All steps that are left; where a judge fails on the way, what was learned, drawn and scored before is kept."""
+        try:
+            return super().train(total, shown)
+        except UserError:
+            self.save()
+            raise
 
     def steps(self, total: int) -> Iterator[tuple[Position, Step]]:
         """Rollouts, and the steps made of each, up to step `total`."""
@@ -221,6 +231,8 @@ class OnlineRun(Run):
         if self.directory is None:
             return
         wanted = self._wanted()
+        if wanted is None and self.phase.alarm_step is not None and self._rolls_back:
+            self.console.print("[yellow]No checkpoint is older than the alarm: the final model is the last one.[/yellow]", soft_wrap=True)
         if wanted is not None and wanted != self.position.step:
             self.learner.restore(checkpoint.load(checkpoint.step_path(self.directory.checkpoints, wanted)).everything())
             self.console.print(f"The final model is that of step {wanted}.")
@@ -235,11 +247,14 @@ class OnlineRun(Run):
     def _wanted(self) -> int | None:
         """The step whose weights are the final ones; None takes the last."""
         assert self.directory is not None
-        alarms, best = self.online.alarms, self.progress.best_step
-        if alarms is not None and alarms.action == "rollback" and self.phase.alarm_step is not None:
+        if self._rolls_back and self.phase.alarm_step is not None:
             before = [step for step in checkpoint.saved_steps(self.directory.checkpoints) if step < self.phase.alarm_step]
             return before[-1] if before else None
-        return best if self.online.early_stopping else None
+        return self.progress.best_step if self.online.early_stopping else None
+
+    @property
+    def _rolls_back(self) -> bool:
+        return self.online.alarms is not None and self.online.alarms.action == "rollback"
 
 
 def train(name: str, config: OnlineConfig, console: Console) -> int:

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from preftune.errors import UserError
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import Batch, collate, microbatches
 from preftune.packing.chat import Tree
+from preftune.training.config import ReferenceSync
 from preftune.training.durable import explained, replace_file
 
 Reference = Callable[[Batch], Tensor]
@@ -79,6 +81,16 @@ class RunningAverage:
         """Put the average in the weights' place."""
         for name, tensor in self.tensors.items():
             self.parameters[name].copy_(tensor)
+
+
+def refuse_still(sync: ReferenceSync | None, steps: int) -> None:
+    """Raise UserError where the reference is to follow the policy, and a run of so many steps ends before it does."""
+    if sync is not None and sync.every >= steps:
+        raise UserError(
+            f"the reference would never move: the run has {steps} steps",
+            where="reference_sync.every",
+            fix=f"Set it below {steps}, or set reference_sync to null." if steps > 1 else "Set reference_sync to null.",
+        )
 
 
 def cached(trees: Sequence[Tree], reference: Reference, file: Path, budget: int, device: torch.device) -> Iterator[int]:

@@ -31,6 +31,7 @@ from preftune.training.learner import Interrupted, Schedule, Step, make_optimize
 from preftune.training.loop import Position, fit
 from preftune.training.manifest import RunManifest, Session
 from preftune.training.progress import Meter, meter, peak_memory
+from preftune.training.reference import refuse_still
 from preftune.training.rundir import RunDirectory
 from preftune.training.setup import Setup, cache_reference, prepare
 from preftune.training.signals import GracefulStop, Stopped
@@ -74,13 +75,7 @@ class Run:
         config, learner = self.config, self.setup.learner
         total = steps_per_epoch(len(self.setup.train.trees), config.prompts_per_step) * config.epochs
         total = min(total, config.max_steps or total)
-        sync = config.reference_sync
-        if sync is not None and sync.every >= total:
-            raise UserError(
-                f"the reference would never move: the run has {total} steps",
-                where="reference_sync.every",
-                fix=f"Set it below {total}, or set reference_sync to null." if total > 1 else "Set reference_sync to null.",
-            )
+        refuse_still(config.reference_sync, total)
         learner.optimizer = make_optimizer(learner.parameters, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps)
         learner.schedule = Schedule(config.lr, total, config.warmup, config.schedule, config.min_lr_ratio)
         return total
@@ -200,7 +195,7 @@ class Run:
             progress.best_value, progress.best_step, progress.evaluations_without_gain = found[name], self.position.step, 0
         else:
             progress.evaluations_without_gain += 1
-        progress.stopped_early = stopping is not None and progress.evaluations_without_gain >= stopping.patience
+        progress.stopped_early |= stopping is not None and progress.evaluations_without_gain >= stopping.patience
 
     def train(self, total: int, shown: Meter) -> bool:
         """All steps that are left; False when a signal asked to stop before the end."""
