@@ -1,0 +1,81 @@
+"""The benchmark of whole steps: both sides run, read the same prompts, draw responses that never end, and say where the time went."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from benchmarks import grpo
+from preftune.models.policy import LanguageModel
+from preftune.models.save import save_model
+from preftune.packing.chat import ChatTokenizer
+from tests import tiny
+
+PROMPTS = ("What is it?", "Who was there, and why?", "Say so.", "And then what happened to them all?")
+
+
+@pytest.fixture
+def options(tmp_path):
+    """A tiny policy and the prompts of two steps."""
+    save_model(LanguageModel(tiny.model(scale=1.0)), ChatTokenizer(tiny.tokenizer()), tmp_path / "model")
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Namespace(
+        folder=tmp_path, method="grpo", model="tiny", precision="fp32", prompts=2, responses=4, tokens=6, steps=2, rounds=1, rows=4,
+        tokens_per_microbatch=256, max_length=128, checkpointing=False, trl="4",
+    )  # fmt: skip
+
+
+def sound(side, options):
+    assert len(side["seconds"]) == len(side["phases"]) == len(side["losses"]) == len(side["scores"]) == options.steps
+    for seconds, phases in zip(side["seconds"], side["phases"], strict=True):
+        assert sum(phases.values()) == pytest.approx(seconds) and min(phases.values()) >= 0 and phases["sampling"] > 0
+
+
+def test_both_sides_read_the_same_prompts(options):
+    sides = {grpo.PREFTUNE: grpo.ours(options), grpo.TRL: grpo.trl(options)}
+    for side in sides.values():
+        sound(side, options)
+        assert all(phases["looking"] > 0 for phases in side["phases"])
+    ours, theirs = sides.values()
+    assert ours["prompt_tokens"] == theirs["prompt_tokens"] and sum(ours["prompt_tokens"]) > 40
+
+
+def test_ppo_is_timed_alone(options):
+    options.method = "ppo"
+    sound(grpo.ours(options), options)
+    assert list(grpo.sides_of(options)) == [grpo.PREFTUNE]
+
+
+def test_the_table_says_what_was_measured(options, capsys, monkeypatch):
+    one = lambda seconds: {
+        "seconds": [9.0, seconds], "phases": [dict.fromkeys(grpo.PHASES, 2.0), dict.fromkeys(grpo.PHASES, seconds / 4)],
+        "losses": [0.0, 0.0], "scores": [0.5, 0.5], "prompt_tokens": [20, 20], "peak_memory": 10**9 * int(seconds),
+    }  # fmt: skip
+    monkeypatch.setattr(grpo, "matmul_rate", lambda precision: 1e9)
+    config = tiny.model().config
+    grpo.show({grpo.PREFTUNE: [one(2.0)], "trl, batches of 4": [one(8.0)]}, options, config)
+    said = capsys.readouterr().out
+    assert "| preftune | 2.00 | 0.50 | 0.50 | 0.50 | 0.50 | 2.00 | 0.500 |" in said
+    assert "trl, batches of 4, takes 4.00x our time" in said
+    work = grpo.operations(config, 20, 48, critic=False)
+    assert f"our step is {2.0 / (sum(work.values()) / 1e9):.2f}x that" in said
+
+
+def test_operations_count_each_pass():
+    config = tiny.model().config
+    plain, critic = (grpo.operations(config, 30, 40, critic=flag) for flag in (False, True))
+    body = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) * 70
+    head = 320 * 32 * 40
+    assert plain == {"sampling": 2 * (body + head), "looking": 2 * (body + head), "training": 6 * (body + head)}
+    assert sum(critic.values()) - sum(plain.values()) == 2 * (body + head) + 2 * body + 6 * body
+
+
+def test_sides_that_read_other_prompts_are_seen(options, monkeypatch):
+    found = iter(({"prompt_tokens": [20]}, {"prompt_tokens": [21]}))
+    shared = {"seconds": [1.0], "phases": [dict.fromkeys(grpo.PHASES, 0.2)]}
+    monkeypatch.setattr(grpo, "own_process", lambda *args, **kwargs: shared | next(found))
+    with pytest.raises(SystemExit, match="other prompts"):
+        grpo.measure(options)
