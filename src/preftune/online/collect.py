@@ -23,9 +23,9 @@ from torch import Tensor
 from preftune.models.policy import LanguageModel
 from preftune.online import monitor, steering
 from preftune.online.actor import OnlineLearner
-from preftune.online.ahead import Ahead
 from preftune.online.config import OnlineConfig
-from preftune.online.experience import Experience, by_tree, grid, learned, passes, sample_line, sample_of, trees_of
+from preftune.online.drawing import Drawing
+from preftune.online.experience import Experience, by_tree, grid, learned, passes, trees_of
 from preftune.online.gathered import Gathered
 from preftune.online.judging import Judged, Judging, scores_in, shape_of
 from preftune.online.losses import DRAWN
@@ -33,18 +33,11 @@ from preftune.online.methods import Online
 from preftune.packing.chat import ChatTokenizer, Tree
 from preftune.packing.order import Cursor, permutation, steps
 from preftune.records import Example
-from preftune.rollout.engine import Engine
-from preftune.rollout.journal import Journal
 from preftune.rollout.samples import Sample
-from preftune.rollout.sampling import Sampling
 from preftune.training.durable import replace_file
 from preftune.training.failpoints import failpoint
 from preftune.training.learner import Interrupted
-from preftune.training.progress import meter
 
-AT_ONCE = 256
-"""Responses that are drawn together, and kept together: what a kill can cost."""
-Shown = Callable[[int], None]
 Seen = tuple[float, float, float]
 EXPERIENCE, SHOWN = "experience.safetensors", "shown.json"
 
@@ -65,8 +58,7 @@ class Collector:
 
     def __post_init__(self) -> None:
         self.encoded = [self.tokenizer.encode_prompt(example.prompt) for example in self.prompts]
-        self.sampling = sampling(self.config)
-        self.ahead = Ahead(self.learner.actor)
+        self.drawing = Drawing(self.config, self.learner, self.tokenizer, self.encoded, self.console, self.give_up)
 
     # --- what a rollout is made of ----------------------------------------------------------------------------------------------
 
@@ -107,8 +99,8 @@ class Collector:
             taken += len(new)
             part = folder / str(attempt) if attempt else folder
             with clock("sampling"):
-                self.ahead.settle()
-                samples = self.sample(part, rollout, step, new, config.rollout.n, self.sampling)
+                self.drawing.ahead.settle()
+                samples = self.drawing.sample(part, rollout, step, new, config.rollout.n, self.drawing.sampling)
             drawn += sum(len(s.ids) for mine in samples for s in mine)
             with clock("judging"):
                 judged = self.judging.judged(part, [self.prompts[i] for i in new], samples)
@@ -135,77 +127,17 @@ class Collector:
         new = self._next(start, 0, self.config.prompts_per_rollout)
         folder = self.folder / str(rollout)
         if new and not (folder / EXPERIENCE).exists():
-            self.ahead.start(lambda policy: self._draw_ahead(policy, folder, rollout, step, new))
+            self.drawing.ahead.start(lambda policy: self._draw_ahead(policy, folder, rollout, step, new))
 
     def _draw_ahead(self, policy: LanguageModel, folder: Path, rollout: int, step: int, new: Sequence[int]) -> None:
-        self.sample(folder, rollout, step, new, self.config.rollout.n, self.sampling, policy=policy)
+        self.drawing.sample(folder, rollout, step, new, self.config.rollout.n, self.drawing.sampling, policy=policy)
 
-    # --- drawing ----------------------------------------------------------------------------------------------------------------
-
-    def sample(
-        self,
-        folder: Path,
-        rollout: int,
-        step: int,
-        chosen: Sequence[int],
-        n: int,
-        how: Sampling,
-        name: str = "samples",
-        policy: LanguageModel | None = None,
-    ) -> list[list[Sample]]:
-        """`n` responses to each of the chosen prompts, by number; what the journal holds is not drawn again. Raises Interrupted.
-
-        They go to the journal AT_ONCE at a time: with other responses beside it, a response's log-probabilities round differently, and a
-        run that goes on must end with the same bytes. `policy` is a copy that draws in the background, which nothing gives up.
-        """
-        seed = int(np.random.SeedSequence([self.config.seed, rollout]).generate_state(1)[0])
-        facts = json.loads(json.dumps({"rollout": rollout, "step": step, "seed": seed, "prompts": list(chosen), "n": n, **vars(how)}))
-        with Journal(folder / f"{name}.jsonl", facts) as journal:
-            at_once = max(1, AT_ONCE // n)
-            whole = lambda g: len(journal.done.get(str(g), ())) == n
-            with self._shown(f"rollout {rollout}", n * len(chosen), 0, policy is None) as shown:
-                for start in range(0, len(chosen), at_once):
-                    part = range(start, min(start + at_once, len(chosen)))
-                    if not all(map(whole, part)):
-                        for one in self._draw([self.encoded[chosen[g]] for g in part], n, how, seed, policy, shown, n * start):
-                            journal.add(sample_line(start + one.prompt, one, self.judging.text(one)))
-            lines = {(int(line["prompt"]), line["number"]): line for line in journal.samples()}
-        failpoint("rollout.sampled")
-        return [[sample_of(lines[g, k]) for k in range(n)] for g in range(len(chosen))]
-
-    def _draw(
-        self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, seed: int, policy: LanguageModel | None, shown: Shown, before: int
-    ) -> list[Sample]:
-        """All `n` responses to each of the prompts. Raises Interrupted."""
-        drawn: list[Sample] = []
-        give_up = self.give_up if policy is None else lambda: False
-        for one in self.engine(policy).generate(prompts, n, how, seed, give_up=give_up):
-            drawn.append(one)
-            failpoint("rollout.sample")
-            shown(before + len(drawn))
-        if len(drawn) < n * len(prompts):
-            raise Interrupted
-        return drawn
-
-    def engine(self, policy: LanguageModel | None = None) -> Engine:
-        """The engine on the policy as it stands, or on a copy of it."""
-        return Engine(
-            policy or self.learner.actor, self.tokenizer.turn_ends, self.tokenizer.decode, int(self.config.rollout.cache_gb * 1e9)
-        )
-
-    @contextmanager
-    def _shown(self, title: str, total: int, done: int, in_front: bool) -> Iterator[Callable[[int], None]]:
-        """A second bar where there is a terminal; elsewhere the rollout's line at its end says enough."""
-        if not self.console.is_terminal or not in_front:
-            yield lambda done: None
-            return
-        with meter(self.console, title, total, done) as bar:
-            yield bar.at
+    # --- baseline and gold -----------------------------------------------------------------------------------------------------
 
     def _greedy(self, folder: Path, rollout: int, step: int, chosen: Sequence[int], clock: _Clock) -> tuple[Tensor, list[list[Sample]]]:
         """[G, 1] scores of the likeliest response to each prompt, and the responses."""
         with clock("sampling"):
-            samples = self.sample(folder, rollout, step, chosen, 1, replace(self.sampling, temperature=0.0), "greedy")
+            samples = self.drawing.sample(folder, rollout, step, chosen, 1, replace(self.drawing.sampling, temperature=0.0), "greedy")
         with clock("judging"):
             examples = [self.judging.record(self.prompts[i], mine) for i, mine in zip(chosen, samples, strict=True)]
             scored = self.judging.ask(folder / "scores-greedy.jsonl", examples, self.judging.judges.judge)
@@ -374,9 +306,3 @@ class _Clock:
         yield
         name = f"seconds_{phase}"
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 4)
-
-
-def sampling(config: OnlineConfig) -> Sampling:
-    """How responses are drawn."""
-    r = config.rollout
-    return Sampling(r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.min_p, r.repetition_penalty, r.stop)

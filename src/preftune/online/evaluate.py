@@ -18,13 +18,14 @@ from preftune.rollout.samples import Sample
 from preftune.training.learner import Interrupted
 
 
-def evaluate(collector: Collector, held_out: Sequence[Example], give_up: Callable[[], bool]) -> dict[str, float]:
-    """Score with its 95% interval over prompts, gold score, lengths, and distances to the reference. Raises Interrupted."""
+def evaluate(collector: Collector, held_out: Sequence[Example], step: int, give_up: Callable[[], bool]) -> dict[str, float]:
+    """After `step` steps: score with its interval over prompts, gold score, lengths, distances to the reference. Raises Interrupted."""
+    collector.drawing.ahead.settle()
     config, tokenizer = collector.config, collector.tokenizer
-    how = replace(collector.sampling, temperature=config.rollout.eval_temperature)
+    how = replace(collector.drawing.sampling, temperature=config.rollout.eval_temperature)
     encoded = [tokenizer.encode_prompt(e.prompt) for e in held_out]
     drawn: list[list[Sample]] = [[] for _ in held_out]
-    for one in collector.engine().generate(encoded, config.rollout.eval_n, how, config.seed, give_up=give_up):
+    for one in collector.drawing.engine(step).generate(encoded, config.rollout.eval_n, how, config.seed, give_up=give_up):
         drawn[one.prompt].append(one)
     if any(len(mine) < config.rollout.eval_n for mine in drawn):
         raise Interrupted

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from preftune.objectives.token_rewards import missing_end, overlong_penalty
 from preftune.online.config import DenseConfig, OnlineConfig
+from preftune.online.drawing import text_of
 from preftune.online.segments import asked, laid, offsets
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Example, Response
@@ -78,7 +79,7 @@ class Judging:
 
     def text(self, one: Sample) -> str:
         """What a judge reads of a sample."""
-        return self.tokenizer.decode(one.ids)[: one.text_end].strip()
+        return text_of(self.tokenizer, one)
 
     def record(self, example: Example, samples: Sequence[Sample]) -> Example:
         """A prompt with its samples as the judge reads them. A cut response without a letter counts as an empty one that ended."""

@@ -25,6 +25,7 @@ from preftune.online.config import OnlineConfig
 from preftune.online.evaluate import evaluate
 from preftune.online.judging import Judging
 from preftune.online.ready import Ready, prepare, ready
+from preftune.rounds.run import HERE
 from preftune.training import checkpoint
 from preftune.training.distributed import World
 from preftune.training.durable import explained
@@ -38,7 +39,7 @@ from preftune.training.run import MAY_CHANGE, Run
 from preftune.training.rundir import RunDirectory
 from preftune.training.signals import GracefulStop, Stopped
 
-MAY_CHANGE_ONLINE = MAY_CHANGE | {"rollout.cache_gb", "keep_responses"}
+MAY_CHANGE_ONLINE = MAY_CHANGE | HERE | {"keep_responses"}
 
 
 @dataclass
@@ -121,7 +122,7 @@ class OnlineRun(Run):
 
         A rollout that is drawn ahead is finished first: after the next step the weights that draw it are in no checkpoint.
         """
-        self.collector.ahead.settle()
+        self.collector.drawing.ahead.settle()
         super().save()
         if self.directory is not None:
             needed = [
@@ -213,7 +214,7 @@ class OnlineRun(Run):
         """Sample and score the held-out prompts, log, and remember the best."""
         if self.found.held_out:
             start = time.monotonic()
-            facts = evaluate(self.collector, self.found.held_out, lambda: self.give_up("evaluation"))
+            facts = evaluate(self.collector, self.found.held_out, self.position.step, lambda: self.give_up("evaluation"))
             if self.directory is not None:
                 seconds = {"seconds": round(time.monotonic() - start, 4), "peak_memory": peak_memory()}
                 self.directory.metrics.append(self.position.step, "eval", {**facts, "records": len(self.found.held_out), **seconds})
@@ -287,6 +288,7 @@ def _train(name: str, config: OnlineConfig, console: Console, stop: GracefulStop
             return 0
         directory.write_manifest(manifest)
         run = OnlineRun(setup, directory, console, stop, found=found)
+        stack.callback(run.collector.drawing.close)
         total = run.plan()
         run.restore()
         console.print(opening(run, total), soft_wrap=True)
