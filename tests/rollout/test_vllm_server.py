@@ -144,9 +144,9 @@ def test_it_does_not_outlive_a_preftune_that_is_killed(python: str, model: Path)
     code = (
         "import torch\nfrom preftune.rollout.vllm import *\n"
         f"one = VllmServer(VllmConfig(python={python!r}), {str(model)!r}, frozenset(), compute=torch.float32)\n"
-        "one.start()\nlist(one.generate([[3]], 1, Sampling(5)))\n"
+        "one.start()\nprint(one.service.child.folder, flush=True)\nlist(one.generate([[3]], 1, Sampling(5)))\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code])
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not (model / "child").exists() and time.monotonic() < deadline:
@@ -157,3 +157,9 @@ def test_it_does_not_outlive_a_preftune_that_is_killed(python: str, model: Path)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     assert all(map(wait_gone, pids))
+    assert parent.stdout is not None
+    folder = Path(parent.stdout.read().strip())
+    deadline = time.monotonic() + 15
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert folder.name.startswith("preftune-vllm-") and not folder.exists()

@@ -156,7 +156,7 @@ class Child:
         ]  # fmt: skip
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, launch.__file__, *command],
+                [sys.executable, launch.__file__, str(self.folder), *command],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True,
             )  # fmt: skip
 
