@@ -150,3 +150,48 @@ def quickstart(root: Path) -> Path:
     (root / "dpo" / "evaluation.json").write_text(json.dumps({"accuracy": 0.586}))
     (root / "evaluation.json").write_text(json.dumps(evaluation()))
     return root
+
+
+def online(folder: Path, rollouts: int = 24, steps_each: int = 2, *, gold: bool = True, alarm: bool = False, seed: int = 0) -> Path:
+    """An online run whose score rises while its gold score falls in the end, with the responses of two rollouts."""
+    run(folder, "sft", steps=0)
+    manifest = RunManifest.begin("ppo", {"model": "smollm2"}, data={}, session=Session.begin(["preftune"], threads=2))
+    replace_file(folder / RUN_FILE, manifest.ended("finished").model_dump_json().encode())
+    rng, log = np.random.default_rng(seed), MetricsLog(folder / METRICS_FILE)
+    noise = lambda scale: scale * float(rng.standard_normal())
+    for rollout in range(rollouts):
+        gone = rollout / max(1, rollouts - 1)
+        said = {
+            "score": 2 * gone + noise(0.1), "score_std": 1.0, "score_min": -1 + gone, "score_max": 2 + 2 * gone, "prompts_drawn": 16.0,
+            "response_tokens": 40 + 30 * gone + noise(2), "response_tokens_p10": 20.0, "response_tokens_p50": 40 + 28 * gone,
+            "response_tokens_p90": 64.0, "finished": 0.8 - 0.3 * gone, "kl_token": 0.2 * gone, "kl_response": 12 * gone + noise(0.2),
+            "kl_response_k3": 13 * gone, "policy_perplexity": 9 - 6 * gone, "reference_perplexity": 9 - 4 * gone + noise(0.2),
+            "repetition": 0.05 + 0.2 * gone, "explained_variance": 0.7 * gone - 0.1, "seconds_sampling": 6.0, "seconds_judging": 0.5,
+            "seconds_looking": 1.5, "sampled_tokens_per_second": 300.0, "sampler_gap": 0.01,
+        }  # fmt: skip
+        if gold:
+            said["gold"] = 3 * gone * (1 - gone) + noise(0.05)
+        for step in range(steps_each):
+            row = {
+                "loss": noise(0.02), "entropy": 3 - 2 * gone, "clip_fraction": 0.02 * step + 0.05 * gone, "step_kl": 0.001, "ratio": 1.0,
+                "kl": 0.2 * gone, "policy_loss": noise(0.02), "value_loss": 0.5, "lr": 1e-6, "grad_norm": 1.0, "seconds": 9.0,
+                "tokens": 2000, "peak_memory": int(5 * GIB), **(said if step == 0 else {}),
+            }  # fmt: skip
+            if step + 1 == steps_each and alarm and gone > 0.8:
+                row["alarm"] = 1.0
+            log.append(rollout * steps_each + step + 1, "train", row)
+        if rollout % 6 == 5:
+            held = {"score": 1.8 * gone, "score_low": 1.8 * gone - 0.3, "score_high": 1.8 * gone + 0.3}
+            gold_held = {name.replace("score", "gold"): value / 2 for name, value in held.items()} if gold else {}
+            log.append(
+                (rollout + 1) * steps_each, "eval", held | gold_held | {"response_tokens": 60.0, "kl_response": 11 * gone, "records": 30}
+            )
+    log.close()
+    for number in (1, 11):
+        shown = [{"which": w, "prompt": "Why?", "response": f"Because {number}.", "score": s, "tokens": 5, "finish": "stop"}
+                 for w, s in (("worst", -1.0), ("best", 2.0), ("random", None))]  # fmt: skip
+        (folder / "rollouts" / str(number)).mkdir(parents=True)
+        (folder / "rollouts" / str(number) / "shown.json").write_text(json.dumps(shown))
+    if alarm:
+        (folder / "alarm.json").write_text(json.dumps({"rollout": 20, "step": 40, "said": "the gold score fell from 0.7 to 0.1"}))
+    return folder

@@ -284,3 +284,82 @@ def test_a_scheme_is_no_link_even_where_a_file_has_its_name(tmp_path):
 def test_the_report_needs_neither_torch_nor_transformers():
     code = "import sys, preftune.report.page, preftune.evaluation.statistics; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- online reinforcement learning ------------------------------------------------------------------------------------------------
+
+ONLINE_ORDER = [
+    "Score", "Gold score", "KL to the reference of a response", "Perplexity under the reference", "Response length", "Entropy of a token",
+    "Clip fraction", "Explained variance", "Share finished", "Repetition",
+]  # fmt: skip
+
+
+def test_an_online_run_shows_first_what_tells_how_it_goes(tmp_path):
+    page = parsed(write(fake.online(tmp_path / "run")))
+    assert_safe(page)
+    titles = [page.text.index(f"{title} of run") for title in ONLINE_ORDER]
+    assert titles == sorted(titles) and max(titles) < page.text.index("Loss of run")
+    main = page.text[: page.text.index("more curve")]
+    assert "Loss of run" not in main and "Repetition of run" in main
+    assert "Alarm" not in page.text
+    rest = page.text[page.text.index("more curve") :]
+    for name in ("Score std", "Step kl", "Sampler gap", "Prompts drawn", "Value loss", "Time of a rollout", "Least and greatest score"):
+        assert name in rest
+    for band in ("Score low", "Gold high", "Response tokens p10"):
+        assert band not in page.text, "what a band shows has no chart of its own"
+
+
+def test_without_a_second_judge_there_is_no_gold_chart(tmp_path):
+    page = parsed(write(fake.online(tmp_path / "run", gold=False)))
+    assert "Gold score of run" not in page.text and "Score of run" in page.text
+
+
+def test_held_out_scores_and_lengths_have_their_bands(tmp_path):
+    from preftune.report.curves import ONLINE, _series
+
+    rows = read_metrics(fake.online(tmp_path / "run") / METRICS_FILE)
+    lines = {curve.title: {line.name: line for line in _series(curve, rows)} for curve in ONLINE}
+    held, drawn = lines["Score"]["held out"], lines["Score"]["drawn"]
+    assert drawn.low is None and [high - low for high, low in zip(held.high, held.low)] == pytest.approx([0.6] * 4)
+    assert lines["Gold score"]["held out"].high is not None
+    assert set(lines["Response length"]["drawn"].low) == {20.0} and lines["Response length"]["held out"].low is None
+
+
+def test_an_alarm_is_said_at_the_top_in_a_sentence(tmp_path):
+    folder = fake.online(tmp_path / "run", alarm=True)
+    page = parsed(write(folder))
+    said = "Alarm after rollout 20 (step 40): the gold score fell from 0.7 to 0.1."
+    assert said in page.text and page.text.index(said) < page.text.index("Curves")
+    assert "./alarm.json" in [a["href"] for a in page.all("a")]
+    kept = [line for line in (folder / METRICS_FILE).read_text().splitlines(keepends=True) if "alarm" not in line]
+    (folder / METRICS_FILE).write_text("".join(kept))
+    assert "Alarm" not in parsed(write(folder)).text, "a run that went back to before its alarm has none"
+
+
+def test_responses_of_the_newest_and_the_first_rollout_are_shown(tmp_path):
+    page = parsed(write(fake.online(tmp_path / "run")))
+    assert page.text.index("Because 11.") < page.text.index("Because 1.")
+    for text in ("best, score 2, 5 tokens", "worst, score −1, 5 tokens", "random, score –, 5 tokens", "Rollout 11"):
+        assert text in page.text
+    assert "./rollouts/11/shown.json" in [a["href"] for a in page.all("a")]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_responses_and_alarms_stay_text(tmp_path, payload):
+    folder = fake.online(tmp_path / "run", rollouts=2, alarm=True)
+    turns = [{"role": payload, "content": payload}] * 2
+    one = {"which": payload, "prompt": payload, "response": payload, "score": 1.0, "tokens": 3, "finish": payload}
+    (folder / "rollouts" / "1" / "shown.json").write_text(json.dumps([one, one | {"prompt": turns}]))
+    (folder / "alarm.json").write_text(json.dumps({"rollout": payload, "step": payload, "said": payload}))
+    page = parsed(write(folder))
+    assert_safe(page)
+    assert page.text.replace("\x00", "�").count(payload.replace("\x00", "�")) >= 11
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '[{"which": "best"}]'])
+def test_a_malformed_file_of_responses_is_named(tmp_path, content):
+    folder = fake.online(tmp_path / "run", rollouts=2)
+    (folder / "rollouts" / "11" / "shown.json").write_text(content)
+    with pytest.raises(UserError, match="not the responses of a rollout") as error:
+        write(folder)
+    assert "rollouts/11/shown.json" in str(error.value)

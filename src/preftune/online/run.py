@@ -25,10 +25,11 @@ from preftune.online.config import OnlineConfig
 from preftune.online.evaluate import evaluate
 from preftune.online.judging import Judging
 from preftune.online.ready import Ready, prepare, ready
+from preftune.report.online import ALARM_FILE
 from preftune.rounds.run import HERE
 from preftune.training import checkpoint
 from preftune.training.distributed import World
-from preftune.training.durable import explained
+from preftune.training.durable import explained, replace_file
 from preftune.training.failpoints import failpoint
 from preftune.training.learner import Schedule, Step, make_optimizer
 from preftune.training.loop import Position
@@ -196,6 +197,9 @@ class OnlineRun(Run):
         self.learner.coefficients = dict(phase.coefficients)
         if self.online.alarms is not None and phase.alarm is None and (said := monitor.alarm(phase.history, self.online.alarms)):
             phase.alarm, phase.alarm_step = said, number
+            if self.directory is not None:
+                found = {"rollout": phase.rollout, "step": number, "said": said}
+                replace_file(self.directory.path / ALARM_FILE, json.dumps(found).encode())
             self.console.print(f"[bold yellow]Alarm after rollout {phase.rollout}: {said}.[/bold yellow]", soft_wrap=True)
             if self.online.alarms.action != "tell":
                 self.progress.stopped_early = True

@@ -13,13 +13,17 @@ from preftune.report.words import title_of
 Row = Mapping[str, Any]
 
 HELD_OUT = {"train": "training", "eval": "held out"}
-NOT_METRICS = {"step", "kind", "nonfinite", "score", "score_low", "score_high", "score_sampled", "score_selected"}
-"""Keys of a row that no curve shows; the scores of rounds have charts of their own."""
+NOT_METRICS = {"step", "kind", "nonfinite", "score", "score_low", "score_high", "score_sampled", "score_selected", "alarm"}
+"""Keys of a row that no curve shows; the scores of rounds have charts of their own, an alarm is said in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One chart: the metrics that share it, and what to look for. `scale` divides, `main` curves are shown unasked."""
+    """One chart: the metrics that share it, and what to look for. `scale` divides, `main` curves are shown unasked.
+
+    `names` tell several metrics apart, `train` names rows of training; a row that has a metric's name with both of `band` behind it makes
+    one.
+    """
 
     metrics: tuple[str, ...]
     title: str
@@ -27,6 +31,9 @@ class Curve:
     unit: str = ""
     scale: float = 1.0
     main: bool = False
+    names: tuple[str, ...] = ()
+    train: str = HELD_OUT["train"]
+    band: tuple[str, str] = ("_low", "_high")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +66,85 @@ KNOWN = (
 )
 
 
+def _of_rollouts(metric: str, title: str, explain: str = "", unit: str = "", **more: Any) -> Curve:
+    return Curve((metric,), title, explain, unit, train="drawn", **more)
+
+
+ONLINE = (
+    _of_rollouts(
+        "score",
+        "Score",
+        "What the judge gives: to what was drawn for learning, and to held-out prompts with its 95% interval. That it rises was asked for; "
+        "whether it is what was meant, the other charts say.",
+        main=True,
+    ),
+    _of_rollouts(
+        "gold",
+        "Gold score",
+        "What the second judge gives, which nothing learns from. Where it falls while the score rises, the first judge is being exploited.",
+        main=True,
+    ),
+    _of_rollouts(
+        "kl_response",
+        "KL to the reference of a response",
+        "How far the policy has moved from where it began: what the score was bought with.",
+        "nats",
+        main=True,
+    ),
+    _of_rollouts(
+        "reference_perplexity",
+        "Perplexity under the reference",
+        "How odd the responses are to the starting model. A jump up is gibberish, a fall to 1 is one phrase for everything.",
+        main=True,
+    ),
+    _of_rollouts(
+        "response_tokens",
+        "Response length",
+        "Mean; the band of what was drawn holds four fifths of the responses. Length that grows with the score may be all it learned.",
+        "tokens",
+        band=("_p10", "_p90"),
+        main=True,
+    ),
+    _of_rollouts("entropy", "Entropy of a token", "Near 0 nothing new is tried any more.", "nats", main=True),
+    _of_rollouts(
+        "clip_fraction", "Clip fraction", "Share of tokens that a step may move no further. Above a third, steps are too large.", main=True
+    ),
+    _of_rollouts(
+        "explained_variance",
+        "Explained variance",
+        "How much of the returns the critic foresaw: 1 is all of it, 0 no more than their mean.",
+        main=True,
+    ),
+    _of_rollouts("finished", "Share finished", "Responses that ended by themselves; the others were cut.", main=True),
+    _of_rollouts("repetition", "Repetition", "Share of four-token phrases that the same response had before.", main=True),
+    Curve(("loss",), "Loss", "Its level says nothing about how well it goes."),
+    Curve(("kl",), "KL to the reference of a token, in the step", "", "nats"),
+    _of_rollouts("kl_response_k3", "KL of a response, k3 estimate", "Never negative.", "nats"),
+    _of_rollouts("policy_perplexity", "Perplexity under the policy"),
+    _of_rollouts("response_tokens_p50", "Median length", "", "tokens"),
+    Curve(("score_min", "score_max"), "Least and greatest score drawn", names=("least", "greatest")),
+    Curve(
+        ("seconds_sampling", "seconds_judging", "seconds_looking"),
+        "Time of a rollout",
+        "",
+        "seconds",
+        names=("sampling", "judging", "looking"),
+    ),
+)
+"""The charts of online reinforcement learning, which stand first."""
+
 _OF_A_ROUND = {"drawn": "score_sampled", "learned": "score_selected"}
 
 
 def figures(rows: Sequence[Row], run: str) -> list[Figure]:
     """The charts of a run's metric rows; `run` names it for those who hear the chart rather than see it."""
-    return _rounds(rows, run) + [
+    online = any("prompts_drawn" in row for row in rows)
+    first = ONLINE if online else ()
+    shown = {metric for curve in first for metric in curve.metrics}
+    curves = (*first, *(curve for curve in KNOWN if not shown & set(curve.metrics)))
+    return ([] if online else _rounds(rows, run)) + [
         Figure(curve.title, curve.explain, _drawn(curve, lines, run), curve.main)
-        for curve in (*KNOWN, *_unknown(rows))
+        for curve in (*curves, *_unknown(rows, curves))
         if (lines := list(_series(curve, rows)))
     ]
 
@@ -94,20 +172,24 @@ def _rounds(rows: Sequence[Row], run: str) -> list[Figure]:
     return [Figure(title, about, draw(title, lines), True) for title, about, lines in charts]
 
 
-def _unknown(rows: Sequence[Row]) -> list[Curve]:
-    known = {metric for curve in KNOWN for metric in curve.metrics} | NOT_METRICS
+def _unknown(rows: Sequence[Row], curves: Sequence[Curve]) -> list[Curve]:
+    known = {metric + end for curve in curves for metric in curve.metrics for end in ("", *curve.band)} | NOT_METRICS
     names = dict.fromkeys(name for row in rows for name in row if name not in known)
     return [Curve((name,), title_of(name)) for name in names]
 
 
 def _series(curve: Curve, rows: Sequence[Row]) -> Iterator[Series]:
-    for metric in curve.metrics:
-        for kind, words in HELD_OUT.items():
-            points = numeric(rows, metric, kind)
+    for at, metric in enumerate(curve.metrics):
+        for kind, words in {**HELD_OUT, "train": curve.train}.items():
+            points = sorted(numeric(rows, metric, kind), key=lambda point: point[0])
             if points:
-                name = words if len(curve.metrics) == 1 else f"{metric.partition('_')[0]}, {words}"
-                steps, values = zip(*sorted(points, key=lambda point: point[0]))
-                yield Series(name, steps, [None if value is None else value / curve.scale for value in values])
+                own = curve.names[at] if curve.names else metric.partition("_")[0]
+                steps, values = zip(*points)
+                scaled = lambda values: [None if value is None else value / curve.scale for value in values]
+                edges = [dict(numeric(rows, metric + end, kind)) for end in curve.band]
+                low, high = ([edge.get(step) for step in steps] if all(edges) else None for edge in edges)
+                name = words if len(curve.metrics) == 1 else f"{own}, {words}"
+                yield Series(name, steps, scaled(values), low and scaled(low), high and scaled(high))
 
 
 def _drawn(curve: Curve, lines: Sequence[Series], run: str) -> str:

@@ -23,6 +23,7 @@ from preftune.report import words
 from preftune.report.charts import Interval, histogram, interval_chart
 from preftune.report.contents import EVALUATION_FILE, Metric, Quickstart, Stage, read_quickstart
 from preftune.report.curves import Figure, Row, figures, numeric
+from preftune.report.online import ALARM_FILE, alarm, responses
 from preftune.training.durable import explained, replace_file
 from preftune.training.manifest import RUN_FILE, RunManifest, read_manifest
 from preftune.training.metrics import METRICS_FILE, read_metrics
@@ -60,9 +61,11 @@ def write(run_dir: Path) -> Path:
         sentence=f"{run_sentence(manifest, rows)} {_change(run_dir)}".strip(),
         facts=facts,
         bad_rows=sum("nonfinite" in row for row in rows),
+        alarm=alarm(run_dir, rows),
+        responses=(shown := responses(run_dir)),
         figures=figures(rows, run_dir.resolve().name),
         details=_details(manifest),
-        files=_present(run_dir, [RUN_FILE, METRICS_FILE, CHANGE_FILE]),
+        files=_present(run_dir, [RUN_FILE, METRICS_FILE, CHANGE_FILE, ALARM_FILE, *(rollout.file for rollout in shown)]),
         root=run_dir,
     )  # fmt: skip
     return _saved(run_dir, page)
