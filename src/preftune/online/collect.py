@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from preftune.online.drawing import Drawing
 from preftune.online.experience import Experience, by_tree, grid, learned, passes, trees_of
 from preftune.online.gathered import Gathered
 from preftune.online.judging import Judged, Judging, scores_in, shape_of
-from preftune.online.losses import DRAWN
+from preftune.online.losses import DRAWN, OLD
 from preftune.online.methods import Online
 from preftune.packing.chat import ChatTokenizer, Tree
 from preftune.packing.order import Cursor, permutation, steps
@@ -100,7 +100,7 @@ class Collector:
             part = folder / str(attempt) if attempt else folder
             with clock("sampling"):
                 self.drawing.ahead.settle()
-                samples = self.drawing.sample(part, rollout, step, new, config.rollout.n, self.drawing.sampling)
+                samples = self.drawing.sample(part, rollout, step, new, config.rollout.n, self.drawing.sampling, first=taken - len(new))
             drawn += sum(len(s.ids) for mine in samples for s in mine)
             with clock("judging"):
                 judged = self.judging.judged(part, [self.prompts[i] for i in new], samples)
@@ -167,7 +167,7 @@ class Collector:
         trees = trees_of(prompts, found.samples)
         several = self.steps_of(len(trees)) > 1
         kl_in_reward = self.row.kl_in_reward(knobs) and coefficients["kl"] > 0
-        trees = self._known(trees, rollout, old=self._recomputes(several) or kl_in_reward)
+        trees = self._known(trees, rollout, old=self._recomputes(several or kl_in_reward))
         drawn, mask = grid(trees, DRAWN)
         told = lambda name: grid(trees, name)[0] if name in trees[0].told else None
         old, reference, values = told("old"), told("reference"), told("value")
@@ -192,12 +192,15 @@ class Collector:
         figures |= monitor.of_critic(gathered, returns)
         if running is not None:
             figures |= dict(zip(("scores_seen", "scores_mean", "scores_squares"), running, strict=True))
-        trees = learned(trees, advantages=advantages, returns=returns, weights=weights.numpy(), scores=scores.numpy(), ratio_known=several)
+        useless = [OLD] if knobs.old_logp == "auto" and not several else []  # the step's own log-probabilities serve
+        useless += [DRAWN] if self.drawing.sampling.truncates and knobs.importance_cap is None else []
+        trees = learned(trees, advantages=advantages, returns=returns, weights=weights.numpy(), scores=scores.numpy(), useless=useless)
         return trees, figures
 
-    def _recomputes(self, several: bool) -> bool:
-        wanted = self.config.knobs.old_logp
-        return wanted == "recomputed" or (wanted == "auto" and several)
+    def _recomputes(self, needed: bool) -> bool:
+        """Whether the trainer's log-probabilities are computed before the first step: also where the sampler's are of fewer tokens."""
+        wanted, truncated = self.config.knobs.old_logp, self.drawing.sampling.truncates and self.learner.reference is not None
+        return wanted == "recomputed" or (wanted == "auto" and (needed or truncated))
 
     def steps_of(self, prompts: int) -> int:
         """Optimizer steps that a rollout of so many prompts makes."""
@@ -254,7 +257,7 @@ class Collector:
         figures |= monitor.lengths_of([len(s.ids) for s in samples], [s.finish == "stop" for s in samples])
         figures |= monitor.distances(gathered.old, gathered.reference, gathered.mask)
         figures["repetition"] = monitor.repetition([s.ids for s in samples])
-        if old is not None and self.config.knobs.old_logp != "rollout":
+        if old is not None and self.config.knobs.old_logp != "rollout" and not self.drawing.sampling.truncates:
             figures["sampler_gap"] = float(((old - drawn).abs() * gathered.mask).sum() / gathered.mask.sum())
         return figures
 
@@ -275,10 +278,10 @@ class Collector:
         text = json.dumps(monitor.kept(rows, rollout), ensure_ascii=False, indent=1)
         replace_file(folder / SHOWN, text.encode())
 
-    def tidy(self, keep_from: int) -> None:
-        """Remove what rollouts before `keep_from` were made of; what is there for people to read stays."""
+    def tidy(self, needed: Collection[int]) -> None:
+        """Remove what rollouts before the newest of the `needed` ones were made of, theirs aside; what is for people to read stays."""
         for folder in self.folder.glob("*"):
-            if folder.name.isdigit() and int(folder.name) < keep_from:
+            if folder.name.isdigit() and int(folder.name) < max(needed) and int(folder.name) not in needed:
                 for inside in folder.iterdir():
                     if inside.is_dir():
                         shutil.rmtree(inside)

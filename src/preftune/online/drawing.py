@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +60,13 @@ class Drawing:
         how: Sampling,
         name: str = "samples",
         policy: LanguageModel | None = None,
+        first: int = 0,
     ) -> list[list[Sample]]:
         """`n` responses to each of the chosen prompts, by number; what the journal holds is not drawn again. Raises Interrupted.
 
         They go to the journal AT_ONCE at a time: with other responses beside it, a response's log-probabilities round differently, and a
         run that goes on must end with the same bytes. `policy` is a copy that draws in the background, which nothing gives up.
+        `first` prompts of the rollout come before: a prompt that comes twice in one gets other responses each time.
         """
         seed = int(np.random.SeedSequence([self.config.seed, rollout]).generate_state(1)[0])
         facts = json.loads(json.dumps({"rollout": rollout, "step": step, "seed": seed, "prompts": list(chosen), "n": n, **vars(how)}))
@@ -75,7 +77,10 @@ class Drawing:
                 for start in range(0, len(chosen), at_once):
                     part = range(start, min(start + at_once, len(chosen)))
                     if not all(map(whole, part)):
-                        for one in self._draw([self.encoded[chosen[g]] for g in part], n, how, seed, policy, step, shown, n * start):
+                        prompts = [self.encoded[chosen[g]] for g in part]
+                        numbers = [range(n * (first + g), n * (first + g + 1)) for g in part]
+                        done = lambda count, before=n * start: shown(before + count)
+                        for one in self._draw(prompts, numbers, how, seed, policy, step, done):
                             journal.add(sample_line(start + one.prompt, one, text_of(self.tokenizer, one)))
             lines = {(int(line["prompt"]), line["number"]): line for line in journal.samples()}
         failpoint("rollout.sampled")
@@ -84,21 +89,21 @@ class Drawing:
     def _draw(
         self,
         prompts: Sequence[Sequence[int]],
-        n: int,
+        numbers: Sequence[range],
         how: Sampling,
         seed: int,
         policy: LanguageModel | None,
         step: int,
         shown: Shown,
-        before: int,
     ) -> list[Sample]:
-        """All `n` responses to each of the prompts. Raises Interrupted."""
+        """The responses of these numbers to each of the prompts, then counted from 0. Raises Interrupted."""
+        n = len(numbers[0])
         drawn: list[Sample] = []
         give_up = self.give_up if policy is None else lambda: False
-        for one in self.engine(step, policy).generate(prompts, n, how, seed, give_up=give_up):
-            drawn.append(one)
+        for one in self.engine(step, policy).generate(prompts, n, how, seed, numbers=numbers, give_up=give_up):
+            drawn.append(replace(one, number=one.number % n))
             failpoint("rollout.sample")
-            shown(before + len(drawn))
+            shown(len(drawn))
         if len(drawn) < n * len(prompts):
             raise Interrupted
         return drawn

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from preftune.online.losses import ADVANTAGE, DRAWN, OLD, RETURN
+from preftune.online.losses import ADVANTAGE, DRAWN, RETURN
 from preftune.packing.batch import Batch, collate, microbatches
 from preftune.packing.chat import Tree
 from preftune.rollout.samples import Sample, as_tree
@@ -139,12 +139,12 @@ def by_tree(trees: Sequence[Tree], chosen: Sequence[int], values: Tensor) -> Map
 
 
 def learned(
-    trees: Sequence[Tree], *, advantages: Tensor, returns: Tensor | None, weights: np.ndarray, scores: np.ndarray, ratio_known: bool
+    trees: Sequence[Tree], *, advantages: Tensor, returns: Tensor | None, weights: np.ndarray, scores: np.ndarray, useless: Sequence[str]
 ) -> list[Tree]:
-    """The trees as the steps read them; without old log-probabilities where a step's own serve."""
+    """The trees as the steps read them, without what was told of their tokens and is `useless` to them."""
     found = tell(trees, **{ADVANTAGE: advantages, RETURN: returns})
     found = [replace(t, weights=weights[g], scores=scores[g]) for g, t in enumerate(found)]
-    return found if ratio_known else forget(found, OLD)
+    return forget(found, *useless)
 
 
 def sample_line(index: int, one: Sample, text: str) -> dict[str, Any]:

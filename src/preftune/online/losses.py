@@ -44,7 +44,7 @@ def policy_loss(out: Outputs, batch: Batch, knobs: Any, terms: Terms) -> tuple[T
         "step_kl": mean_over(approximate_kl(log_ratio), valid),
         "ratio": mean_over(log_ratio.clamp(-20, 20).exp(), valid),
     }
-    if OLD not in told:  # the policy is still what drew these tokens
+    if OLD not in told and DRAWN in told:  # the policy is still what drew these tokens
         metrics["sampler_gap"] = mean_over((logp - told[DRAWN]).abs(), valid)
     if knobs.importance_cap is not None:
         weight = truncated_importance(told.get(OLD, logp.detach()), told[DRAWN], knobs.importance_cap)

@@ -130,7 +130,7 @@ class OnlineRun(Run):
                 json.loads((checkpoint.step_path(self.directory.checkpoints, step) / checkpoint.STATE).read_text())["online"]["rollout"]
                 for step in checkpoint.saved_steps(self.directory.checkpoints)
             ]
-            self.collector.tidy(min(needed, default=self.phase.rollout))
+            self.collector.tidy({*needed, self.phase.rollout})
 
     def train(self, total: int, shown: Meter) -> bool:
         """All steps that are left; where a judge fails on the way, what was learned, drawn and scored before is kept."""
