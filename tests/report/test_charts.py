@@ -143,3 +143,8 @@ def test_colours_are_the_page_s():
     svg = line_chart([Series("s", [0, 1], [1.0, 2.0])], title="t")
     bare = re.sub(r"var\(--[\w-]+, #[0-9a-f]{6}\)", "", svg)
     assert "#" not in re.sub(r"#chart-[\w-]+", "", bare)
+
+
+def test_the_band_of_a_single_point_is_seen():
+    alone = line_chart([Series("held out", [3], [0.5], [0.2], [0.8])], title="t")
+    assert "LineCollection" in alone or alone.count("<path") > line_chart([Series("held out", [3], [0.5])], title="t").count("<path")

@@ -301,7 +301,7 @@ def test_an_online_run_shows_first_what_tells_how_it_goes(tmp_path):
     assert titles == sorted(titles) and max(titles) < page.text.index("Loss of run")
     main = page.text[: page.text.index("more curve")]
     assert "Loss of run" not in main and "Repetition of run" in main
-    assert "Alarm" not in page.text
+    assert "Alarm" not in page.text and "score of what was drawn" in page.text and ", loss" not in page.text
     rest = page.text[page.text.index("more curve") :]
     for name in ("Score std", "Step kl", "Sampler gap", "Prompts drawn", "Value loss", "Time of a rollout", "Least and greatest score"):
         assert name in rest

@@ -177,7 +177,9 @@ def _line(axes: Axes, line: Series, color: str, log_y: bool) -> None:
     marked = np.flatnonzero(present if few else alone).tolist()
     axes.plot(x, y, color=color, label=_plain(line.name), linewidth=1.8 if few else 1.2, marker="o", markersize=3.4, markevery=marked)
     if line.low is not None and line.high is not None:
-        axes.fill_between(x, _finite(line.low), _finite(line.high), color=color, alpha=0.16, linewidth=0)
+        low, high = _finite(line.low), _finite(line.high)
+        axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.vlines(x[alone], low[alone], high[alone], color=color, alpha=0.32, linewidth=5)  # a band has no width there
 
 
 def _nothing(axes: Axes) -> None:

@@ -138,7 +138,7 @@ _OF_A_ROUND = {"drawn": "score_sampled", "learned": "score_selected"}
 
 def figures(rows: Sequence[Row], run: str) -> list[Figure]:
     """The charts of a run's metric rows; `run` names it for those who hear the chart rather than see it."""
-    online = any("prompts_drawn" in row for row in rows)
+    online = is_online(rows)
     first = ONLINE if online else ()
     shown = {metric for curve in first for metric in curve.metrics}
     curves = (*first, *(curve for curve in KNOWN if not shown & set(curve.metrics)))
@@ -147,6 +147,11 @@ def figures(rows: Sequence[Row], run: str) -> list[Figure]:
         for curve in (*curves, *_unknown(rows, curves))
         if (lines := list(_series(curve, rows)))
     ]
+
+
+def is_online(rows: Sequence[Row]) -> bool:
+    """Whether the rows are those of online reinforcement learning: a rollout says how many prompts it drew."""
+    return any("prompts_drawn" in row for row in rows)
 
 
 def numeric(rows: Sequence[Row], metric: str, kind: str = "train") -> list[tuple[int, float | None]]:

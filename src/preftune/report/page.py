@@ -22,7 +22,7 @@ from preftune.errors import UserError
 from preftune.report import words
 from preftune.report.charts import Interval, histogram, interval_chart
 from preftune.report.contents import EVALUATION_FILE, Metric, Quickstart, Stage, read_quickstart
-from preftune.report.curves import Figure, Row, figures, numeric
+from preftune.report.curves import Figure, Row, figures, is_online, numeric
 from preftune.report.online import ALARM_FILE, alarm, responses
 from preftune.training.durable import explained, replace_file
 from preftune.training.manifest import RUN_FILE, RunManifest, read_manifest
@@ -118,12 +118,15 @@ def run_sentence(manifest: RunManifest, rows: list[Row]) -> str:
     """How a run went, in one or two plain sentences."""
     ends = {"running": "is still running", "interrupted": "was interrupted", "stopped": "was stopped"}
     said = []
-    for metric, kind, name in (
+    told = (
         ("score", "eval", "held-out score"),
+        ("score", "train", "score of what was drawn"),
+        ("gold", "train", "gold score"),
         ("loss", "train", "loss"),
         ("loss", "eval", "held-out loss"),
         ("accuracy", "eval", "held-out accuracy"),
-    ):
+    )
+    for metric, kind, name in told[:3] if is_online(rows) else told:
         values = [value for _, value in numeric(rows, metric, kind) if value is not None]
         if len(values) > 1:
             said.append(f"{name} {words.number(values[0])} → {words.number(values[-1])}")
