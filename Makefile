@@ -41,6 +41,9 @@ bench: $(STAMP) ## Time and memory beside TRL and plain transformers, in the sam
 	$(BIN)/python -m benchmarks.dpo
 	$(BIN)/python -m benchmarks.dpo --method reward
 	$(BIN)/python -m benchmarks.kwise
+	$(BIN)/python -m benchmarks.grpo
+	$(BIN)/python -m benchmarks.grpo --long-prompts
+	$(BIN)/python -m benchmarks.grpo --method ppo
 
 soak: $(STAMP) ## Kill runs at random moments and compare every byte (minutes)
 	$(BIN)/python -m tests.training.soak

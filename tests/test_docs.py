@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import shutil
@@ -9,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import torch
 import typer
 
 from preftune import __version__, errors
@@ -19,6 +22,8 @@ from preftune.cli.main import app, parse, resolve
 from preftune.cli.select import app as select_app
 from preftune.formats import FORMATS
 from preftune.methods import METHODS
+from preftune.online import monitor
+from preftune.online.losses import policy_loss
 from preftune.online.methods import ONLINE
 from preftune.rounds.methods import ITERATED
 from preftune.training.run import MAY_CHANGE
@@ -194,6 +199,32 @@ def test_every_method_has_its_section_with_a_formula() -> None:
     for name, section in zip(METHODS, sections, strict=True):
         assert f"<!-- method {name} -->\n{docs.method_facts(name)}<!-- /method {name} -->" in section
         assert len(re.findall(r"^\$\$ .+ \$\$$", section, re.MULTILINE)) >= 1, name
+
+
+def test_every_online_method_has_its_section_with_a_formula() -> None:
+    part = page("docs/online.md").partition("\n## Methods\n")[2].partition("\n## ")[0]
+    sections = re.split(r"^### ", part, flags=re.MULTILINE)[1:]
+    assert [section.partition("\n")[0] for section in sections] == [f"`{name}`" for name in ONLINE]
+    for name, section in zip(ONLINE, sections, strict=True):
+        assert f"<!-- method {name} -->\n{docs.method_facts(name)}<!-- /method {name} -->" in section
+        assert len(re.findall(r"^\$\$ .+ \$\$$", section, re.MULTILINE)) >= 1, name
+
+
+def test_every_metric_of_online_methods_is_explained() -> None:
+    """Those of steps from the source of the losses, those of rollouts from the functions that make them."""
+    losses = Path(str(inspect.getsourcefile(policy_loss))).read_text(encoding="utf-8")
+    named = set(re.findall(r'metrics\["(\w+)"\]|^ +"(\w+)": mean_over', losses, re.MULTILINE))
+    logp, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    told = {
+        *(one or other for one, other in named), *monitor.lengths_of([3], [True]), *monitor.scores_of(np.ones((1, 2))),
+        *monitor.scores_of(np.ones((1, 2)), "gold"), *monitor.distances(logp, logp, mask),
+    }  # fmt: skip
+    told |= {f"coefficient_{name}" for name in ("kl", "penalty", "cost")} | {
+        f"seconds_{name}" for name in ("sampling", "judging", "looking")
+    }
+    told |= {"explained_variance", "repetition", "prompts_drawn", "sampled_tokens_per_second", "dense_reward", "pretraining_nll", "alarm"}
+    watched = page("docs/online.md").partition("\n## What is watched\n")[2].partition("\n## ")[0]
+    assert len(named) > 6 and told - set(re.findall(r"`(\w+)`", watched)) == set()
 
 
 def test_facts_of_a_method_are_written_between_its_markers() -> None:

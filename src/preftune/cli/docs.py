@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from preftune.configschema import Row, keys
 from preftune.methods import METHODS, Method
 from preftune.online.config import OnlineConfig
+from preftune.online.knobs import OnlineKnobs
 from preftune.online.methods import ONLINE, Online, config_kind
 from preftune.packing.chat import Tree
 from preftune.rounds.config import RoundsConfig
@@ -27,10 +28,11 @@ from preftune.training.config import RunConfig, run_config
 CONFIGURATION = Path("docs/configuration.md")
 README = Path("README.md")
 METHODS_PAGE = Path("docs/methods.md")
-MARKED = (README, METHODS_PAGE)
+ONLINE_PAGE = Path("docs/online.md")
+MARKED = (README, METHODS_PAGE, ONLINE_PAGE)
 """Pages that a person writes but for what stands between their markers."""
 
-_MARKER = re.compile(r"(<!-- (methods|method ([\w-]+)) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+_MARKER = re.compile(r"(<!-- (methods|method ([\w+-]+)) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 _ROUNDS_ALONE = RoundsConfig.model_fields.keys() - RunConfig.model_fields.keys()
@@ -91,6 +93,8 @@ def method_rows() -> Iterator[tuple[str, str, str, str, str]]:
 
 def method_facts(name: str) -> str:
     """What the row of one method says of it, as Markdown: summary, when to use it, and a list of facts and knobs."""
+    if name in ONLINE:
+        return _online_facts(ONLINE[name])
     method = METHODS[name]
     kind = run_config(method.knobs, method.defaults, compares=method.compares)
     metric, way = method.better
@@ -108,6 +112,21 @@ def method_facts(name: str) -> str:
     facts += [f"Its own default: `{row.key}: {row.default}`." for row in keys(kind) if row.key in method.defaults]
     facts += [f"Paper: {_paper(method.paper)}."] if method.paper else []
     return "\n".join([f"{_sentence(method.summary)} {method.when}\n", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+def _online_facts(row: Online) -> str:
+    """Those of an online method: knobs that all of them share are left out where their defaults are the same."""
+    knobs, kind, shared = row.knobs(), config_kind(row.name), OnlineKnobs()
+    facts = ["The KL is in the reward." if row.kl_in_reward(knobs) else "The KL is in the loss."]
+    facts += ["It compares the responses to a prompt with each other: `rollout.n` must be 2 or more."] if row.group else []
+    facts += ["A critic learns beside the policy."] if row.critic else []
+    facts.append(f"Weights: {_lower(row.method(knobs, 1).reduction.__doc__)}")
+    own = [name for name in row.knobs.model_fields if getattr(knobs, name) != getattr(shared, name, ...)]
+    facts += [f"`{one.key}` (default {one.default}): {one.doc}." for one in keys(kind) if one.key.removeprefix("method.") in own]
+    facts += [f"Its own default: `{one.key}: {one.default}`." for one in keys(kind) if one.key in _dotted(row.defaults)]
+    facts += [f"Paper: {_paper(row.paper)}."] if row.paper else []
+    facts += [f"Also known as {', '.join(f'`{one}`' for one in row.also_known_as)}."] if row.also_known_as else []
+    return "\n".join([f"{_sentence(row.summary)} {row.when}\n", *(f"- {fact}" for fact in facts)]) + "\n"
 
 
 def _pair() -> Tree:

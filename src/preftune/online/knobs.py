@@ -116,10 +116,11 @@ class PPOKnobs(WhitenedKnobs):
         return self
 
 
-class ReinforceKnobs(WhitenedKnobs):
-    """Policy gradient without a critic."""
+class ReinforceKnobs(OnlineKnobs):
+    """Policy gradient without a critic, and without a ratio that could be clipped."""
 
     whiten: bool = Field(False, description="give the advantages of a rollout's tokens mean 0 and deviation 1")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount from token to token")
 
 
 class BaselineKnobs(ClipKnobs):
@@ -159,6 +160,12 @@ class CISPOKnobs(GroupKnobs):
 
     clip: float = Field(1.0, gt=0, description="how far below 1 the weight may fall; 1 is no bound")
     clip_high: float | None = Field(4.0, gt=0, description="how far above 1 the weight may rise; null is `clip`")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> CISPOKnobs:
+        if self.dual_clip is not None:
+            raise problem("`dual_clip` has no effect here: weights are clipped whatever the advantage", "method.dual_clip")
+        return self
 
 
 class RLOOKnobs(ClipKnobs):
