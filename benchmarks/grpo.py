@@ -91,7 +91,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     total, done, seconds, phases = run.plan(), [], [], []
     synchronise()
     start = time.perf_counter()
-    for _, step in run.steps(total):
+    for position, step in run.steps(total):
+        run.position = position  # as its own loop does
         synchronise()
         seconds.append(time.perf_counter() - start)
         known = {name: step.metrics.get(f"seconds_{name}", 0.0) for name in PHASES[:-1]}
