@@ -50,7 +50,9 @@ def drawn(server: VllmServer, sampling: Sampling = PLAIN, n: int = 3, **options:
 
 
 def same(a: dict[tuple[int, int], Sample], b: dict[tuple[int, int], Sample]) -> bool:
-    return a.keys() == b.keys() and all(a[k].ids == b[k].ids and np.array_equal(a[k].logp, b[k].logp) for k in a)
+    return a.keys() == b.keys() and all(
+        (a[k].ids, a[k].finish) == (b[k].ids, b[k].finish) and np.array_equal(a[k].logp, b[k].logp) for k in a
+    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(12), SHAPED, Sampling(12, 0.0), Sampling(12, 0.0, repetition_penalty=1.5)])
