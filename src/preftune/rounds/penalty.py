@@ -29,7 +29,7 @@ DIVERGENCE = "divergence"
 
 def judged(response: Response) -> float:
     """The judge's own score."""
-    return float(response.meta.get(JUDGED, response.score))  # type: ignore[arg-type]
+    return float(response.meta.get(JUDGED, response.score))
 
 
 def log_ratios(
