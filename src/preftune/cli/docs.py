@@ -116,7 +116,7 @@ def method_facts(name: str) -> str:
 
 def _online_facts(row: Online) -> str:
     """Those of an online method: knobs that all of them share are left out where their defaults are the same."""
-    knobs, kind, shared = row.knobs(), config_kind(row.name), OnlineKnobs()
+    knobs, kind, shared = row.knobs.model_validate({}), config_kind(row.name), OnlineKnobs.model_validate({})
     facts = ["The KL is in the reward." if row.kl_in_reward(knobs) else "The KL is in the loss."]
     facts += ["It compares the responses to a prompt with each other: `rollout.n` must be 2 or more."] if row.group else []
     facts += ["A critic learns beside the policy."] if row.critic else []
