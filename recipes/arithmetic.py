@@ -2,11 +2,12 @@
 
     python recipes/arithmetic.py runs/arithmetic
     cd runs/arithmetic
-    preftune train sft model=model data=sums.jsonl output=sft max_steps=120 epochs=9 prompts_per_step=64 lr=2e-3
-    preftune train grpo model=sft/final data=sums.jsonl judge=final_answer output=grpo rollout.max_new_tokens=6 lr=3e-4
+    preftune train sft model=model data=shown.jsonl output=sft prompts_per_step=64 lr=2e-3
+    preftune train grpo model=sft/final data=questions.jsonl judge=final_answer output=grpo rollout.max_new_tokens=6 lr=3e-4
 
 The model is a Llama of half a million weights, drawn at random, and its tokenizer has a token for each character: minutes on one core.
-`sums.jsonl` holds questions with their answer, `held-out.jsonl` others of the same kind; no question is in both.
+`shown.jsonl` holds ten answers to each question: right, but that the one is mostly not carried. Imitation learns that mistake with the
+rest; a rule that knows the right answer unteaches it. `questions.jsonl` holds the same questions, `held-out.jsonl` others of their kind.
 """
 
 from __future__ import annotations
@@ -60,31 +61,39 @@ def questions(largest: int, seed: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def record(a: int, b: int) -> dict[str, object]:
-    """A question with its answer, once as the response to imitate and once as what a rule compares with."""
-    said = [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]
+def shown(a: int, b: int, forgets: float, chance: random.Random) -> int:
+    """What a demonstrator answers, who forgets to carry the one in this share of the sums that ask for it."""
+    carries = a % 10 + b % 10 >= 10
+    return a + b - 10 * (carries and chance.random() < forgets)
+
+
+def record(a: int, b: int, answer: int) -> dict[str, object]:
+    """A question, the answer that is shown, and the right one, which a rule compares with."""
+    said = [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(answer)}]
     return {"messages": said, "reference_answer": str(a + b)}
 
 
-def write(folder: Path, *, largest: int = 49, held_out: int = 300, seed: int = 0) -> Path:
+def write(folder: Path, *, largest: int = 49, held_out: int = 300, forgets: float = 0.75, seed: int = 0) -> Path:
     """Model, tokenizer, questions to learn from and questions held out."""
     folder.mkdir(parents=True, exist_ok=True)
     model(seed).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    pairs = questions(largest, seed)
-    _lines(folder / "held-out.jsonl", pairs[:held_out])
-    _lines(folder / "sums.jsonl", pairs[held_out:])
+    pairs, chance = questions(largest, seed), random.Random(seed)
+    _lines(folder / "held-out.jsonl", [record(a, b, a + b) for a, b in pairs[:held_out]])
+    _lines(folder / "questions.jsonl", [record(a, b, a + b) for a, b in pairs[held_out:]])
+    _lines(folder / "shown.jsonl", [record(a, b, shown(a, b, forgets, chance)) for _ in range(10) for a, b in pairs[held_out:]])
     return folder
 
 
-def _lines(path: Path, pairs: Sequence[tuple[int, int]]) -> None:
-    path.write_text("".join(json.dumps(record(a, b)) + "\n" for a, b in pairs))
+def _lines(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--largest", type=int, default=49, help="largest number in a question")
+    parser.add_argument("--forgets", type=float, default=0.75, help="share of the sums with a carry that are shown without it")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the questions' order")
     options = parser.parse_args()
-    print(write(options.folder, largest=options.largest, seed=options.seed))
+    print(write(options.folder, largest=options.largest, forgets=options.forgets, seed=options.seed))

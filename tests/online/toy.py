@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from preftune.training.metrics import read_metrics
 from tests import tiny
 from tests.training import runs
 
@@ -28,6 +30,18 @@ def rule(example, response, less=0.0):
     text = example.prompt[-1].content + response.text
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32 - less
 '''
+
+JUDGES = '''def proxy(example, response):
+    """How often the letter is there."""
+    return response.text.count("a")
+
+
+def gold(example, response):
+    """The letter is welcome, but not beside itself."""
+    pairs = sum(x == y == "a" for x, y in zip(response.text, response.text[1:]))
+    return response.text.count("a") - 1.5 * pairs
+'''
+"""A proxy that is right at first: while the letter is rare, more of it is better."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -50,6 +64,7 @@ def place(folder: Path, scale: float = 1.0) -> Path:
     rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rule.py").write_text(RULE)
+    (folder / "judges.py").write_text(JUDGES)
     return folder
 
 
@@ -115,7 +130,17 @@ def train(folder: Path, output: Path, method: str, **settings: object) -> Path:
         "model": folder / "model", "data": folder / "prompts.jsonl", "output": output, "judge": f"{folder}/rule.py:rule",
         "rollout.max_new_tokens": 1, "rollout.prompts": len(PROMPTS), "prompts_per_step": len(PROMPTS), "max_length": 16,
         "tokens_per_microbatch": 4096, "schedule": "cosine", "min_lr_ratio": 0.02, "precision": "fp32", "device": "cpu", "threads": 1,
-        "save_every": "null", "keep_responses": "null", "method.missing_eos": "keep", "alarms": "null",
+        "save_every": "null", "keep_responses": "null", "method.missing_eos": "keep",
     }  # fmt: skip
     assert runs.train([method, *(f"{key}={value}" for key, value in (words | settings).items())]) == 0
     return output / "final"
+
+
+def exploit(folder: Path, output: Path, **more: object) -> list[dict[str, Any]]:
+    """The rows, a rollout each, of a run that learns the proxy while the gold score is watched."""
+    settings: dict[str, object] = {
+        "judge": f"{folder}/judges.py:proxy", "gold": f"{folder}/judges.py:gold", "rollout.max_new_tokens": 8, "rollout.n": 128,
+        "epochs": 60, "lr": 1e-3, "schedule": "constant", "min_lr_ratio": 0.1, "method.kl": 0,
+    }  # fmt: skip
+    train(folder, output, "grpo", **settings | more)
+    return [row for row in read_metrics(output / "metrics.jsonl") if row["kind"] == "train"]

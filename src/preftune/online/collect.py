@@ -148,7 +148,8 @@ class Collector:
         if gold is None or (rollout - 1) % self.config.gold_every:
             return {}
         with clock("judging"):
-            return monitor.scores_of(scores_in(self.judging.ask(folder / "scores-gold.jsonl", found.examples, gold)), "gold")
+            scores = scores_in(self.judging.ask(folder / "scores-gold.jsonl", found.examples, gold))
+        return monitor.scores_of(scores, "gold") | monitor.agreement(found.scores, scores)
 
     # --- looking, with frozen weights -------------------------------------------------------------------------------------------
 

@@ -43,6 +43,21 @@ def scores_of(scores: np.ndarray, name: str = "score") -> Figures:
     return found
 
 
+def agreement(scores: np.ndarray, gold: np.ndarray) -> Figures:
+    """Correlation of [G, N] scores with gold ones among the responses to one prompt, all prompts pooled; none where either is flat.
+
+    A step that raises the score moves the gold score the way of their covariance under the policy (the policy gradient of one along that of
+    the other, in the space of distributions): where it turns negative, the gold score is at its peak.
+    """
+    known = ~(np.isnan(scores) | np.isnan(gold))
+    rows = [(s[k] - s[k].mean(), g[k] - g[k].mean()) for s, g, k in zip(scores, gold, known, strict=True) if k.any()]
+    if not rows:
+        return {}
+    ours, theirs = (np.concatenate(part) for part in zip(*rows, strict=True))
+    size = float(np.sqrt((ours**2).sum() * (theirs**2).sum()))
+    return {"gold_agreement": float((ours * theirs).sum() / size)} if size > 0 else {}
+
+
 def distances(logp: Tensor, reference: Tensor | None, mask: Tensor) -> Figures:
     """Of [R, T] log-probabilities at the sampling temperature: perplexities, KL to the reference a token and a response.
 
@@ -83,7 +98,7 @@ def alarm(history: Sequence[Figures], config: AlarmConfig) -> str | None:
     """What is wrong after the newest rollout, in words; None where nothing is.
 
     The first `window` rollouts make the bands, and the newest `window` are compared with them. Perplexity under the reference and length
-    count only while the score rises; a KL over its bound always does, and so does a gold score that falls while the score rises.
+    count only while the score rises, and so does a gold score that falls or runs against it; a KL over its bound always does.
     """
     w = config.window
     if len(history) < 2 * w:
@@ -103,14 +118,43 @@ def alarm(history: Sequence[Figures], config: AlarmConfig) -> str | None:
         old, new = mean(first, key), mean(last, key)
         if old and new and not 1 / factor <= new / old <= factor:
             told.append(f"{name} went from {old:.3g} to {new:.3g}")
-    gold = [row["gold"] for row in history if "gold" in row]
-    if len(gold) >= 2 * w:
-        best = max(np.convolve(gold, np.ones(w) / w, "valid"))
-        newest = float(np.mean(gold[-w:]))
-        spread = float(np.std(gold[:w])) / w**0.5
-        if newest < best - max(2 * spread, 1e-9):
-            told.append(f"the gold score fell from {best:.3g} to {newest:.3g}")
+    if fell := _fall([row["gold"] for row in history if "gold" in row], w):
+        told.append(f"the gold score fell from {fell[0]:.3g} to {fell[1]:.3g}")
+    agreed = [row["gold_agreement"] for row in history if "gold_agreement" in row]
+    if _below_zero(agreed, w):
+        told.append(f"what raises it now lowers the gold score: among a prompt's responses they correlate by {np.mean(agreed[-w:]):.2g}")
     return f"the score rose from {before:.3g} to {after:.3g}, but {'; '.join(told)}" if told else None
+
+
+def _noise(values: Sequence[float]) -> float:
+    """Deviation of one rollout's number, from successive differences, which hold little of a trend."""
+    return float(np.sqrt(np.mean(np.diff(values) ** 2) / 2))
+
+
+def _below_zero(values: Sequence[float], window: int) -> bool:
+    """Whether the newest window's mean is further below 0 than the lowest of so many would be by noise, and one deviation more."""
+    if len(values) < 2 * window:
+        return False
+    bound = (1 + np.sqrt(2 * np.log(len(values) / window))) * _noise(values) / np.sqrt(window)
+    return bool(np.mean(values[-window:]) < -max(bound, 1e-9))
+
+
+def _fall(values: Sequence[float], window: int) -> tuple[float, float] | None:
+    """The best mean of so many rollouts and the newest one, where they lie further apart than noise would bring them.
+
+    Means of k of n rollouts that only differ by noise spread over about 2 sqrt(2 log(n / k)) of their deviations, which is what the best
+    and the newest may be apart; one deviation more is a fall. Longer windows see slower falls.
+    """
+    count, k = len(values), window
+    if count < 2 * window:
+        return None
+    while 2 * k <= count:
+        means = np.convolve(values, np.ones(k) / k, "valid")
+        best, newest = float(max(means)), float(means[-1])
+        if best - newest > max((1 + 2 * np.sqrt(2 * np.log(count / k))) * _noise(values) / np.sqrt(k), 1e-9):
+            return best, newest
+        k *= 2
+    return None
 
 
 def _error(first: Sequence[Figures], last: Sequence[Figures], key: str) -> float:

@@ -188,7 +188,7 @@ class OnlineRun(Run):
     def _leave(self, figures: dict[str, float], step: Step, responses: int, number: int) -> None:
         """After a rollout's last step: what moves from rollout to rollout moves, and the next one begins."""
         phase, knobs = self.phase, self.online.knobs
-        keys = ("score", "gold", "reference_perplexity", "response_tokens", "kl_response_k3")
+        keys = ("score", "gold", "gold_agreement", "reference_perplexity", "response_tokens", "kl_response_k3")
         phase.history.append({key: figures[key] for key in keys if key in figures})
         if "scores_seen" in figures:
             phase.seen = (figures["scores_seen"], figures["scores_mean"], figures["scores_squares"])
