@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from preftune.models import logprobs
-from preftune.models.logprobs import chunked_logprobs
+from preftune.models.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
 
 ROWS, WIDTH, VOCABULARY = 23, 12, 40
 OPTIONS = [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 1.7, "softcap": 2.0}]
@@ -138,3 +138,33 @@ def test_the_logits_of_all_positions_are_never_held_at_once(options: dict, monke
         run(plain, (hidden, weight, bias), hidden, weight, targets, bias=bias, **options)
     assert theirs.elements == ROWS * VOCABULARY
     assert ours.elements == max(4 * VOCABULARY, ROWS * WIDTH)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_entropy_is_that_of_the_whole_softmax_and_the_log_probabilities_keep_their_bits(options: dict, rows: int, monkeypatch) -> None:
+    rows_at_once(monkeypatch, rows)
+    hidden, weight, b, targets = inputs()
+    logp, entropy = chunked_logprobs_and_entropy(hidden, weight, targets, bias=b, **options)
+    assert torch.equal(logp, chunked_logprobs(hidden, weight, targets, bias=b, **options))
+    every = torch.stack([plain(hidden, weight, torch.full_like(targets, v), bias=b, **options) for v in range(VOCABULARY)], 1)
+    torch.testing.assert_close(entropy, -(every.exp() * every).sum(1), atol=1e-5, rtol=1e-5)
+    uneven = torch.linspace(-1, 2, len(logp))
+    for mix in (0.0, 1.0, 0.3):  # the entropy's gradient alone, none of it, and both
+        ours = torch.autograd.grad((uneven * (mix * logp + (1 - mix) * entropy)).sum(), [hidden, weight, b], retain_graph=True)
+        theirs = plain(hidden, weight, targets, bias=b, **options)
+        wanted = torch.autograd.grad(
+            (uneven * (mix * theirs - (1 - mix) * (every.exp() * every).sum(1))).sum(), [hidden, weight, b], retain_graph=True
+        )
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+    alone = torch.autograd.grad(entropy.sum(), [hidden])[0]
+    torch.testing.assert_close(alone, torch.autograd.grad(-(every.exp() * every).sum(), [hidden])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_uniform_policy_has_the_entropy_of_its_vocabulary_and_no_gradient_of_it() -> None:
+    hidden, weight, _, targets = inputs(bias=False)
+    with torch.no_grad():
+        weight.zero_()
+    _, entropy = chunked_logprobs_and_entropy(hidden, weight, targets)
+    torch.testing.assert_close(entropy, torch.full_like(entropy, VOCABULARY).log())
+    assert torch.autograd.grad(entropy.sum(), [weight])[0].abs().max() < 1e-6

@@ -34,17 +34,22 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits, _ = finished(hidden[part].to(compute) @ w.T, bias, scale, softcap, compute)
-            lse[part] = torch.logsumexp(logits, dim=-1)
             picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
-            if entropy is not None:
-                logp = logits.sub_(lse[part, None])
-                entropy[part] = -(logp.exp() * logp).sum(1)
+            if entropy is None:
+                lse[part] = torch.logsumexp(logits, dim=-1)
+                continue
+            top = logits.amax(1, keepdim=True)  # the steps of logsumexp, for the same bits, and one more product
+            weights = logits.sub_(top).exp()
+            total = weights.sum(1)
+            lse[part] = total.log() + top.squeeze(1)
+            entropy[part] = total.log() - torch.linalg.vecdot(weights, logits) / total
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.options = (scale, softcap, compute, rows)
         return picked - lse, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         scale, softcap, compute, rows = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -57,7 +62,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             part = slice(start, start + rows)
             h = hidden[part].to(compute)
             logits, slope = finished(h @ w.T, bias, scale, softcap, compute)
-            g = grad[part, None].to(precise)
+            g = lse.new_zeros(len(h), 1) if grad is None else grad[part, None].to(precise)
             logp = logits.sub_(lse[part, None])
             pull = g
             if entropy is not None and grad_entropy is not None:
