@@ -28,11 +28,13 @@ RULE = "def rule(example, response):\n    return sum(c in 'aeiou' for c in respo
 PROMPTS = 9
 
 
-def place(folder: Path, **options: Any) -> Path:
-    """A folder with a model, prompts of several lengths and a rule."""
-    model = tiny.model(**{"scale": 2.0, **options})
+def place(folder: Path, ends: float = 1.7) -> Path:
+    """A folder with a model, prompts of several lengths and a rule; the larger `ends`, the sooner responses end by themselves."""
+    model = tiny.model(scale=2.0)
     with torch.no_grad():
-        model.get_output_embeddings().weight[2] *= 5.0  # so that some responses end by themselves
+        model.get_input_embeddings().weight[:, 0] = 0.05  # what all states have in common,
+        model.get_output_embeddings().weight[2] = 0.0
+        model.get_output_embeddings().weight[2, 0] = ends  # and what ends a turn is read from
     model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     asked = [f"Say {'again ' * (i % 3)}{i}!" for i in range(PROMPTS)]
@@ -55,7 +57,7 @@ def words(place: Path, output: Path, method: str, *more: str) -> list[str]:
         "prompts_per_step": 2,
         "max_length": 48,
         "tokens_per_microbatch": 80,
-        "lr": 3e-3,
+        "lr": 5e-4,
         "precision": "fp32",
         "device": "cpu",
         "threads": 1,

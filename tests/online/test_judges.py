@@ -158,32 +158,16 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def _ends_at_once(model: Path) -> None:
-    """Make the policy end every turn with its first token: its head gives that token a large product with any state."""
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    states: list[torch.Tensor] = []
-    hook = loaded.model.norm.register_forward_hook(lambda module, given, out: states.append(out))
-    with torch.no_grad():
-        loaded(torch.arange(7, 60)[None])
-        hook.remove()
-        rows = states[0].flatten(0, 1)
-        loaded.lm_head.weight.mul_(0.01)
-        loaded.lm_head.weight[2] = torch.linalg.lstsq(rows, torch.full((len(rows), 1), 20.0)).solution.squeeze(1)
-    loaded.save_pretrained(model)
-
-
 @pytest.mark.parametrize("method", ["grpo", "ppo", "rloo", "reinforce++"])
 @pytest.mark.parametrize("mode", ["keep", "subtract", "replace", "mask"])
-def test_where_every_response_is_cut_each_rule_does_as_it_says(method: str, mode: str, place: Path, tmp_path: Path) -> None:
-    """max_new_tokens is 2, which no response of this policy ends within."""
+def test_where_every_response_is_cut_each_rule_does_as_it_says(method: str, mode: str, tmp_path: Path) -> None:
+    """The policy never ends a turn."""
+    here = small.place(tmp_path / "place", ends=-12.0)
     n = ("rollout.n=1",) if method in ("ppo", "reinforce++") else ()
-    more = (f"method.missing_eos={mode}", "rollout.max_new_tokens=2", "eval_fraction=0", "max_steps=2", *n)
-    rows = small.trained(place, tmp_path / "run", method, *more)
+    more = (f"method.missing_eos={mode}", "eval_fraction=0", "max_steps=2", *n)
+    rows = small.trained(here, tmp_path / "run", method, *more)
     found, scored = small.kept(tmp_path / "run"), small.lines(tmp_path / "run", 1, "scores")
-    if rows[0]["finished"] > 0:
-        pytest.skip("a response ended by itself")
+    assert rows[0]["finished"] == 0
     raw = [score for line in scored for score in line["scores"]]
     counted = [float(score) for tree in found.trees for score in tree.scores]
     expected = {"keep": raw, "subtract": [s - 1 for s in raw], "replace": [-1.0] * len(raw), "mask": raw}[mode]
@@ -198,8 +182,7 @@ def test_where_every_response_is_cut_each_rule_does_as_it_says(method: str, mode
 @pytest.mark.parametrize("method", ["grpo", "ppo", "remax"])
 def test_a_policy_that_ends_at_once_still_trains(method: str, tmp_path: Path) -> None:
     """Every response is the token that ends a turn: one token, text that is empty."""
-    here = small.place(tmp_path / "place")
-    _ends_at_once(here / "model")
+    here = small.place(tmp_path / "place", ends=12.0)
     n = ("rollout.n=1",) if method != "grpo" else ()
     rows = small.trained(here, tmp_path / "run", method, "max_steps=2", *n)
     assert rows[0]["response_tokens"] < 2 and rows[0]["finished"] > 0.9

@@ -45,7 +45,7 @@ def asked(example: Example, texts: Sequence[str], config: DenseConfig) -> tuple[
     found = [ends(text, config.per) for text in texts]
     responses = []
     for response, text, places in zip(example.responses, texts, found, strict=True):
-        starts = [0, *places[:-1]] if config.of == "segment" else [0] * len(places)
+        starts = [0, *places][: len(places)] if config.of == "segment" else [0] * len(places)
         responses += [replace(response, text=text[a:b].strip(), finished=True, score=None) for a, b in zip(starts, places, strict=True)]
     return replace(example, responses=tuple(responses)), found
 
