@@ -151,3 +151,10 @@ def test_a_larger_kl_ends_nearer_to_the_reference(place: Path, tmp_path: Path) -
     found = end_of(place, tmp_path / "run", "rloo", 1, **{**SHORT, "m_kl": 2.0})
     assert toy.total_variation(found, tilted(ref, r, 2.0)) < CLOSE
     assert toy.total_variation(ref, tilted(ref, r, 2.0)) < toy.total_variation(ref, tilted(ref, r)) / 2
+
+
+def test_at_another_temperature_it_is_the_policy_at_that_temperature(place: Path, tmp_path: Path) -> None:
+    ref, r = toy.exact(place / "model", 2.0).of(1), toy.rewards(place, 1)
+    final = toy.train(place, tmp_path / "run", "rloo", **{**CUT, **SHORT, "rollout.temperature": 2.0})
+    assert toy.total_variation(toy.exact(final, 2.0).of(1), tilted(ref, r)) < CLOSE
+    assert toy.total_variation(toy.exact(final).of(1), tilted(ref, r)) > CLOSE

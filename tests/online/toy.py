@@ -94,15 +94,15 @@ class Exact:
 
 
 @torch.no_grad()
-def exact(model: Path) -> Exact:
-    """What plain transformers says of the model."""
+def exact(model: Path, temperature: float = 1.0) -> Exact:
+    """What plain transformers says of the model, at this temperature."""
     words, causal = tokenizer(), AutoModelForCausalLM.from_pretrained(model).double().eval()
     first, second = [], []
     for prompt in PROMPTS:
         text = words.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         ids = words(text, add_special_tokens=False).input_ids
         rows = torch.tensor([[*ids, token] for token in range(len(VOCABULARY))])
-        logp = causal(rows).logits.log_softmax(-1)
+        logp = (causal(rows).logits / temperature).log_softmax(-1)
         first.append(logp[0, -2])
         second.append(logp[:, -1])
     return Exact(torch.stack(first), torch.stack(second))
