@@ -47,6 +47,8 @@ WORDS = 20
 LONG = range(448, 577)
 """Tokens of a prompt that counts as long."""
 ROUNDING = 1e-3
+NEVER = -1
+"""An id that no token has: with None transformers takes the model's own ends."""
 
 
 def near(text: str) -> float:
@@ -175,7 +177,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
         output_dir=str(options.folder / "scratch"), beta=0.04, num_generations=options.responses, max_completion_length=options.tokens,
         per_device_train_batch_size=options.rows, gradient_accumulation_steps=whole // options.rows, max_steps=options.steps,
         bf16=options.precision == "bf16", gradient_checkpointing=options.checkpointing, learning_rate=1e-6, lr_scheduler_type="constant",
-        generation_kwargs={"eos_token_id": None}, model_init_kwargs={"dtype": "float32"}, shuffle_dataset=False, logging_steps=1,
+        generation_kwargs={"eos_token_id": NEVER}, model_init_kwargs={"dtype": "float32"}, shuffle_dataset=False, logging_steps=1,
         save_strategy="no", report_to=[], disable_tqdm=True, **({} if torch.cuda.is_available() else {"use_cpu": True}),
     )  # fmt: skip
     trainer = Timed(
@@ -183,7 +185,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
         args=arguments, train_dataset=datasets.Dataset.from_list([rows[i] for i in order]),
         processing_class=AutoTokenizer.from_pretrained(options.folder / "model"), callbacks=[Clock()],
     )  # fmt: skip
-    trainer.eos_token_ids = [-1]  # else it would cut a response behind the first one that it drew
+    trainer.eos_token_ids = [NEVER]  # else it would cut a response behind the first one that it drew
     trainer.train()
     return {"seconds": seconds, "phases": phases, "losses": losses, "prompt_tokens": tokens, "scores": scores}
 

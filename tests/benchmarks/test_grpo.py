@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from itertools import pairwise
 
 import pytest
 
@@ -41,6 +42,25 @@ def test_both_sides_read_the_same_prompts(options):
         assert all(phases["looking"] > 0 for phases in side["phases"])
     ours, theirs = sides.values()
     assert ours["prompt_tokens"] == theirs["prompt_tokens"] and sum(ours["prompt_tokens"]) > 40
+
+
+def test_no_response_of_trl_ends_early(options, monkeypatch):
+    from trl import GRPOTrainer
+
+    file, seen, whole = options.folder / "model" / "generation_config.json", [], GRPOTrainer._generate_single_turn
+    told = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(told | {"eos_token_id": list(range(0, 320, 2))}))  # every second token would end a response
+
+    def spied(self, *args, **kwargs):
+        found = whole(self, *args, **kwargs)
+        seen.extend(found[0])
+        return found
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", spied)
+    grpo.trl(options)
+    assert len(seen) == 16 and {len(ids) for ids in seen} == {options.tokens}
+    behind = [later for ids in seen for token, later in pairwise(ids) if token % 2 == 0]
+    assert len(behind) > 10 and any(later % 2 for later in behind) and len(set(behind)) > 5
 
 
 def test_ppo_is_timed_alone(options):
