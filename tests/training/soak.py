@@ -1,7 +1,7 @@
 """Kill runs at random moments and compare every byte with an uninterrupted one: `python -m tests.training.soak [SEED]`.
 
 For each method twenty SIGKILLs: one half after a random time, the other half at a random failpoint, so that steps, evaluations, checkpoint
-writes, metrics and the final save are all hit. A table says where each life ended.
+writes, metrics and the final save are all hit; of online methods sampling and judging too. A table says where each life ended.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests import tiny
+from tests.online import small
 from tests.training import runs
 
 KILLS = 20
@@ -27,7 +28,12 @@ CASES = {
     "dpo": (),
     "dpo, LoRA, checkpointing": (*runs.LORA, "gradient_checkpointing=true"),
 }
+ONLINE = {
+    "ppo": ("rollout.n=1", "rollout.prompts=4", "method.passes=2", "method.kl_target=0.5", "epochs=12", "eval_every=5"),
+    "grpo": ("rollout.prompts=3", "method.kl=0.1", "reference_sync.every=2", "epochs=12", "eval_every=5"),
+}
 PLACES = {
+    "rollout": "in a rollout",
     "step": "in a step",
     "evaluation": "in an evaluation",
     "checkpoint": "in a checkpoint write",
@@ -60,13 +66,19 @@ def killed_once(words: list[str], log: Path, chance: random.Random, names: Count
     return (runs.passed(trace) or ["none"])[-1]
 
 
-def soak(name: str, folder: Path, model: Path, chance: random.Random) -> bool:
+def command(name: str, root: Path, output: Path) -> list[str]:
+    """The words of a case's run."""
+    if name in ONLINE:
+        return small.words(root, output, name, *ONLINE[name])
+    return runs.command(name.split(",")[0], root / "offline", output, *WORDS, *CASES[name])
+
+
+def soak(name: str, root: Path, folder: Path, chance: random.Random) -> bool:
     """One case: an uninterrupted run, and one killed twenty times. True when they are the same."""
-    method = name.split(",")[0]
     log, trace = folder / "log", folder / "names"
-    assert runs.run(runs.command(method, model, folder / "whole", *WORDS, *CASES[name]), log, trace) == 0, log.read_text()
+    assert runs.run(command(name, root, folder / "whole"), log, trace) == 0, log.read_text()
     names = Counter(name for name in runs.passed(trace) if not name.startswith("final"))
-    words = runs.command(method, model, folder / "run", *WORDS, *CASES[name])
+    words = command(name, root, folder / "run")
     ends: Counter[str] = Counter()
     while ends.total() < KILLS - 1:
         place = killed_once(words, log, chance, names)
@@ -96,12 +108,13 @@ def main() -> int:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     print(f"seed {seed}\n| run | steps | kills | where | against the uninterrupted run |\n| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as root:
-        model = tiny.save(Path(root) / "model")
+        tiny.save(Path(root) / "offline")
+        small.place(Path(root))
         good = True
-        for number, name in enumerate(CASES):
+        for number, name in enumerate((*CASES, *ONLINE)):
             folder = Path(root) / str(number)
             folder.mkdir()
-            good &= soak(name, folder, model, random.Random(seed * 100 + number))
+            good &= soak(name, Path(root), folder, random.Random(seed * 100 + number))
     return 0 if good else 1
 
 
