@@ -18,7 +18,7 @@ from preftune.report.charts import INK, MUTED, SERIES, STYLE
 from preftune.report.words import duration, fixed, number, share
 from preftune.training.durable import replace_file
 
-PAGE, FIGURE, RESULTS = "online-learning.md", "images/online-learning.svg", "images/online-learning.json"
+PAGE, FIGURE, RESULTS = "online-learning.md", "images/online-learning.svg", "online-learning.json"
 EXPLOITED = "exploited"
 DRAWN = ("grpo", "ppo")
 """Lines of the first panel."""
@@ -36,7 +36,7 @@ def write(results: Path, docs: Path, lines: Mapping[str, str]) -> Path:
     by = {name: [run for run in runs if run["name"] == name] for name in (*lines, EXPLOITED)}
     if not all(by.values()):
         raise SystemExit(f"not run yet: {', '.join(name for name, found in by.items() if not found)}")
-    replace_file(docs / RESULTS, json.dumps(runs).encode())
+    replace_file(docs / RESULTS, json.dumps(_rounded(runs)).encode())
     replace_file(docs / FIGURE, figure(by, lines).encode())
     replace_file(docs / PAGE, page(by, lines).encode())
     return docs / PAGE
@@ -59,14 +59,24 @@ def greedy(run: Run, which: int = -1) -> float:
     return float(run["evaluations"][which]["score"])
 
 
-def sampled(run: Run) -> float:
-    """Mean score of the last rollouts."""
-    return float(np.mean([row["score"] for row in run["rollouts"][-LATE:]]))
+def late(run: Run, key: str = "score") -> float:
+    """Mean over the last rollouts."""
+    return float(np.mean([row[key] for row in run["rollouts"][-LATE:]]))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _said(values: Sequence[float], words: Any = share) -> str:
     mean, low, high = interval(values)
-    return words(mean) if low == high else f"{words(mean)} ({words(low)} to {words(high)})"
+    if words is share:
+        low, high = max(0.0, low), min(1.0, high)
+    return words(mean) if words(low) == words(high) else f"{words(mean)} ({words(low)} to {words(high)})"
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------------
@@ -85,11 +95,12 @@ def page(by: Mapping[str, Sequence[Run]], lines: Mapping[str, str]) -> str:
         f"that no stage saw. {seeds} seeds, whose mean and 95% interval (Student's t) stand in the table.\n",
         f"![Accuracy over rollouts, the same where answers are cut, and a reward that is exploited]({FIGURE})\n",
         _table(by, lines),
-        "Sampled: mean score of answers drawn at temperature 1 in the last ten rollouts. Every run saw 60 rollouts of 256 answers.\n",
+        "Sampled: mean score of answers drawn at temperature 1, in the first rollout and in the last ten. "
+        "Every run saw 60 rollouts of 256 answers.\n",
         "## What is seen\n",
         _reading(by),
         "## A reward that is exploited\n",
-        _exploited(by[EXPLOITED][0]),
+        _exploited(by[EXPLOITED][0], [run for name in lines for run in by[name]]),
         "## Closed forms\n",
         "Where every response can be enumerated, methods are held to more than learning: `tests/online/test_optimum.py` checks that PPO, "
         "REINFORCE++, GRPO and RLOO end within 2% total variation of ref exp(r / kl) / Z, and where they do not:\n\n"
@@ -109,8 +120,8 @@ def page(by: Mapping[str, Sequence[Run]], lines: Mapping[str, str]) -> str:
 
 def _table(by: Mapping[str, Sequence[Run]], lines: Mapping[str, str]) -> str:
     rows = [
-        "| run | before | after | sampled, after | KL to the start | answers that end | alarms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| run | before | after | sampled, before | sampled, after | KL to the start | answers that end | alarms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, what in lines.items():
         runs = by[name]
@@ -118,9 +129,10 @@ def _table(by: Mapping[str, Sequence[Run]], lines: Mapping[str, str]) -> str:
             what,
             _said([greedy(run, 0) for run in runs]),
             _said([greedy(run) for run in runs]),
-            _said([sampled(run) for run in runs]),
-            _said([float(np.mean([row["kl_response"] for row in run["rollouts"][-LATE:]])) for run in runs], lambda x: fixed(x, 2)),
-            _said([float(np.mean([row["finished"] for row in run["rollouts"][-LATE:]])) for run in runs]),
+            _said([run["rollouts"][0]["score"] for run in runs]),
+            _said([late(run) for run in runs]),
+            _said([late(run, "kl_response") for run in runs], fixed),
+            _said([late(run, "finished") for run in runs]),
             f"{sum(run['alarm'] for run in runs)} of {len(runs)}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
@@ -131,6 +143,8 @@ def _difference(one: Sequence[Run], other: Sequence[Run]) -> str:
     """How two lines differ, seed by seed."""
     mean, low, high = interval([greedy(b) - greedy(a) for a, b in zip(one, other, strict=True)])
     points = lambda x: f"{100 * x:+.0f}".replace("-", "−")
+    if low == high == 0:
+        return "not one answer is another"
     return f"{points(mean)} points ({points(low)} to {points(high)}){', which may be chance' if low <= 0 <= high else ''}"
 
 
@@ -141,8 +155,8 @@ def _reading(by: Mapping[str, Sequence[Run]]) -> str:
         f"- Accuracy rises above what imitation reached: {gains}. The likeliest answer is mended before samples are: what was a common "
         "second choice becomes the first.\n"
         f"- Whitening: without it, {_difference(by['ppo'], by['ppo-plain'])}. Advantages of a 0 or 1 score are of one size already.\n"
-        f"- KL: without it, {_difference(by['ppo'], by['ppo-free'])}. With a rule that cannot be fooled the KL only slows learning; below "
-        "it is seen where a reward can be.\n"
+        f"- KL: without it, {_difference(by['ppo'], by['ppo-free'])}. This rule cannot be fooled; what the KL buys is "
+        "nearness to the start, which the table shows.\n"
         f"- Penalty for answers that are cut, where there is room for all: without it, {_difference(by['grpo'], by['grpo-keep'])}. Nearly "
         "every answer ends, and a longer one is wrong by the rule anyway.\n"
         f"- The same penalty where answers are cut by design, after two tokens: accuracy ends at {_said([greedy(r) for r in by['cut']])} "
@@ -151,7 +165,7 @@ def _reading(by: Mapping[str, Sequence[Run]]) -> str:
     )
 
 
-def _exploited(run: Run) -> str:
+def _exploited(run: Run, healthy: Sequence[Run]) -> str:
     rows = run["rollouts"]
     gold, score = ([row[key] for row in rows] for key in ("gold", "score"))
     level = np.convolve(gold, np.ones(4) / 4, "valid")
@@ -165,7 +179,7 @@ def _exploited(run: Run) -> str:
         f"after rollout {fired + 1}, when it has lost {share(max(0.0, float(lost)))} of its peak. It looks at two things: whether the gold "
         "score has fallen further than noise over so many looks would bring it, and the correlation of both scores among the responses to "
         "a prompt (`gold_agreement`). A step raises the gold score only while that is positive, so that it crosses zero at the peak.\n\n"
-        f"On the runs above, where the score is the real thing, the alarm is silent: see the table.\n"
+        f"In the runs above, where the score is the real thing, it comes in {sum(one['alarm'] for one in healthy)} of {len(healthy)}.\n"
     )
 
 
