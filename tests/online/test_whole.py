@@ -99,11 +99,11 @@ def test_regression_02_no_cut_of_a_step_changes_the_gradient(weigh: str, cut: st
             for name, expected in whole.items():
                 size = expected.abs().max().clamp(min=1e-8)
                 torch.testing.assert_close(part[name] / size, expected / size, atol=2e-5, rtol=0)
-        expected_loss = _grpo_by_loops(run, found.trees, weigh, AutoModelForCausalLM.from_pretrained(other))
+        expected_loss = _grpo_by_loops(run, found.trees, weigh, cut, AutoModelForCausalLM.from_pretrained(other))
         assert ours == pytest.approx(expected_loss, abs=2e-6)
 
 
-def _grpo_by_loops(run: OnlineRun, trees: list[Tree], weigh: str, reference: Any) -> float:
+def _grpo_by_loops(run: OnlineRun, trees: list[Tree], weigh: str, cut: str, reference: Any) -> float:
     """Clipped loss and 0.2 k3 of every token, put together as the papers do."""
     plain = tiny.model()
     plain.load_state_dict({name.removeprefix("backbone.hf."): p for name, p in run.learner.model.state_dict().items()}, strict=False)
@@ -116,8 +116,7 @@ def _grpo_by_loops(run: OnlineRun, trees: list[Tree], weigh: str, reference: Any
                 advantage = torch.from_numpy(tree.told["advantage"][n])
                 term = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
                 term += 0.2 * ((ref - logp).exp() - 1 - (ref - logp))
-                assert tree.weights is not None
-                weight = float(tree.weights[n])
+                weight = float(tree.finished[n] or cut != "mask")
                 sums.append(weight * float(term.sum()))
                 counts.append(len(term))
                 total += weight * len(term)

@@ -35,7 +35,7 @@ def start(target: Callable[..., Any], *args: Any, failpoint: str = "") -> multip
 def run(target: Callable[..., Any], *args: Any, failpoint: str = "") -> int:
     """Run to the end; the exit code, negative for a signal."""
     process = start(target, *args, failpoint=failpoint)
-    assert connection.wait([process.sentinel], 60), "the process hangs"
+    assert connection.wait([process.sentinel], 300), "the process hangs"
     with _starting_or_reading:
         process.join()
     assert process.exitcode is not None

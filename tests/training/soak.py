@@ -29,8 +29,8 @@ CASES = {
     "dpo, LoRA, checkpointing": (*runs.LORA, "gradient_checkpointing=true"),
 }
 ONLINE = {
-    "ppo": ("rollout.n=1", "rollout.prompts=4", "method.passes=2", "method.kl_target=0.5", "epochs=12", "eval_every=5"),
-    "grpo": ("rollout.prompts=3", "method.kl=0.1", "reference_sync.every=2", "epochs=12", "eval_every=5"),
+    "ppo": ("rollout.n=1", "rollout.prompts=4", "method.passes=2", "method.kl_target=0.5", "epochs=60", "eval_every=5"),
+    "grpo": ("rollout.prompts=3", "method.kl=0.1", "reference_sync.every=2", "epochs=60", "eval_every=5"),
 }
 PLACES = {
     "rollout": "in a rollout",
