@@ -256,7 +256,7 @@ class Collector:
         if gathered.ends.any():
             figures["dense_reward"] = float(gathered.dense.sum(1).mean())
         figures |= monitor.lengths_of([len(s.ids) for s in samples], [s.finish == "stop" for s in samples])
-        figures |= monitor.distances(gathered.old, gathered.reference, gathered.mask)
+        figures |= monitor.distances(gathered.old, gathered.reference, gathered.mask, kl=old is not None)  # else the step says it
         figures["repetition"] = monitor.repetition([s.ids for s in samples])
         if old is not None and self.config.knobs.old_logp != "rollout" and not self.drawing.sampling.truncates:
             figures["sampler_gap"] = float(((old - drawn).abs() * gathered.mask).sum() / gathered.mask.sum())

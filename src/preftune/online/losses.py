@@ -52,6 +52,8 @@ def policy_loss(out: Outputs, batch: Batch, knobs: Any, terms: Terms) -> tuple[T
         metrics["importance"] = mean_over(weight, valid)
     if REFERENCE in told:
         metrics["kl"] = mean_over(logp - told[REFERENCE], valid)
+        if OLD not in told:
+            metrics |= _of_responses(logp.detach() - told[REFERENCE], valid, batch)
         estimate: Any = getattr(knobs, "kl_loss", "reward")
         if estimate != "reward" and knobs.kl > 0:
             kl = kl_estimate(logp, told[REFERENCE], estimate, told.get(OLD, logp.detach()))
@@ -66,6 +68,14 @@ def policy_loss(out: Outputs, batch: Batch, knobs: Any, terms: Terms) -> tuple[T
         loss = loss + out.coefficients["value"] * (batch.token_weight * errors).sum()
         metrics["value_loss"] = mean_over(errors, valid)
     return loss, metrics
+
+
+def _of_responses(gap: Tensor, valid: Tensor, batch: Batch) -> Metrics:
+    """KL to the reference of a token and a response, from [M] log ratios; else a rollout says it of itself before the first step."""
+    gap = gap.clamp(-20, 20) * valid
+    count = (batch.per_response(valid.float()) > 0).sum()
+    sums = {"kl_response": gap.sum(), "kl_response_k3": ((-gap).expm1() + gap).sum()}
+    return {"kl_token": (gap.sum(), valid.sum())} | {name: (total, count) for name, total in sums.items()}
 
 
 def _share(batch: Batch) -> float:

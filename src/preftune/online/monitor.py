@@ -58,15 +58,17 @@ def agreement(scores: np.ndarray, gold: np.ndarray) -> Figures:
     return {"gold_agreement": float((ours * theirs).sum() / size)} if size > 0 else {}
 
 
-def distances(logp: Tensor, reference: Tensor | None, mask: Tensor) -> Figures:
-    """Of [R, T] log-probabilities at the sampling temperature: perplexities, KL to the reference a token and a response.
+def distances(logp: Tensor, reference: Tensor | None, mask: Tensor, *, kl: bool = True) -> Figures:
+    """Of [R, T] log-probabilities at the sampling temperature: perplexities, and with `kl` that to the reference a token and a response.
 
     KL as the mean log ratio (k1, may be negative) and as the k3 estimate, which never is.
     """
     count, each = mask.sum(), mask.sum(1) > 0
     mean = lambda values: float((values * mask).sum() / count)
     found = {"policy_perplexity": float(np.exp(-mean(logp)))}
-    if reference is None:
+    if reference is not None:
+        found["reference_perplexity"] = float(np.exp(-mean(reference)))
+    if reference is None or not kl:
         return found
     gap = (logp - reference).clamp(-20, 20) * mask
     k3 = ((-gap).expm1() + gap) * mask
@@ -74,7 +76,6 @@ def distances(logp: Tensor, reference: Tensor | None, mask: Tensor) -> Figures:
         "kl_token": mean(gap),
         "kl_response": float(gap.sum(1)[each].mean()),
         "kl_response_k3": float(k3.sum(1)[each].mean()),
-        "reference_perplexity": float(np.exp(-mean(reference))),
     }
 
 

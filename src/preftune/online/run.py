@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -152,8 +153,6 @@ class OnlineRun(Run):
         groups = self.collector.step_groups(len(found.trees), phase.rollout)
         end = phase.began + len(groups)
         last_of_all = behind.epoch >= self.online.epochs
-        if phase.made == 0:
-            self._enter(found.figures)
         if self.online.rollout.ahead and not last_of_all and end < total:
             self.collector.look_ahead(phase.rollout + 1, phase.began, behind)
         while phase.made < len(groups) and phase.began + phase.made < total:
@@ -161,6 +160,7 @@ class OnlineRun(Run):
             step = learner.step(trees, phase.began + phase.made, lambda: self.give_up("step"))
             if phase.made == 0:
                 step.metrics.update(found.figures)
+                self._tell(step.metrics)
             phase.made += 1
             over = self._too_far(step)
             number = phase.began + phase.made
@@ -176,10 +176,14 @@ class OnlineRun(Run):
         bound = self.online.knobs.target_kl
         return bound is not None and step.metrics.get("step_kl", 0.0) > bound
 
-    def _enter(self, figures: dict[str, float]) -> None:
-        """Before a rollout's first step: say how it went, and look for an alarm."""
+    def _tell(self, figures: dict[str, float]) -> None:
+        """After a rollout's first step: say how it went."""
         words = [f"score {figures['score']:.3f}"] if "score" in figures else []
-        words += [f"{key} {figures[name]:.3f}" for key, name in (("gold", "gold"), ("KL", "kl_response")) if name in figures]
+        words += [
+            f"{key} {figures[name]:.3f}"
+            for key, name in (("gold", "gold"), ("KL", "kl_response"))
+            if math.isfinite(figures.get(name, math.nan))
+        ]
         words += [f"{figures['response_tokens']:.0f} tokens", f"{figures['finished']:.0%} finished"]
         words += [f"{figures['sampled_tokens_per_second']:.0f} tokens/s"]
         if not self.console.is_terminal:
@@ -188,6 +192,7 @@ class OnlineRun(Run):
     def _leave(self, figures: dict[str, float], step: Step, responses: int, number: int) -> None:
         """After a rollout's last step: what moves from rollout to rollout moves, and the next one begins."""
         phase, knobs = self.phase, self.online.knobs
+        figures = {name: value for name, value in {**step.metrics, **figures}.items() if math.isfinite(value)}
         keys = ("score", "gold", "gold_agreement", "reference_perplexity", "response_tokens", "kl_response_k3")
         phase.history.append({key: figures[key] for key in keys if key in figures})
         if "scores_seen" in figures:
