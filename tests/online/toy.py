@@ -139,8 +139,8 @@ def train(folder: Path, output: Path, method: str, **settings: object) -> Path:
 def exploit(folder: Path, output: Path, **more: object) -> list[dict[str, Any]]:
     """The rows, a rollout each, of a run that learns the proxy while the gold score is watched."""
     settings: dict[str, object] = {
-        "judge": f"{folder}/judges.py:proxy", "gold": f"{folder}/judges.py:gold", "rollout.max_new_tokens": 8, "rollout.n": 128,
-        "epochs": 60, "lr": 1e-3, "schedule": "constant", "min_lr_ratio": 0.1, "method.kl": 0,
+        "judge": f"{folder}/judges.py:proxy", "gold": f"{folder}/judges.py:gold", "rollout.max_new_tokens": 8, "rollout.n": 256,
+        "epochs": 54, "lr": 8e-4, "schedule": "constant", "min_lr_ratio": 0.1, "method.kl": 0,
     }  # fmt: skip
     train(folder, output, "grpo", **settings | more)
     return [row for row in read_metrics(output / "metrics.jsonl") if row["kind"] == "train"]
