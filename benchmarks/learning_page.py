@@ -18,7 +18,7 @@ from preftune.report.charts import INK, MUTED, SERIES, STYLE
 from preftune.report.words import duration, fixed, number, share
 from preftune.training.durable import replace_file
 
-PAGE, FIGURE, RESULTS = "online-learning.md", "images/online-learning.svg", "online-learning.json"
+PAGE, FIGURE, RESULTS = "online-learning.md", "online-learning.svg", "online-learning.json"
 EXPLOITED = "exploited"
 DRAWN = ("grpo", "ppo")
 """Lines of the first panel."""
@@ -112,6 +112,9 @@ def page(by: Mapping[str, Sequence[Run]], lines: Mapping[str, str]) -> str:
         "right one.\n",
         "## Again\n",
         "```\npython -m benchmarks.learning\npython -m benchmarks.learning --write\n```\n",
+        "By hand, after `python recipes/arithmetic.py runs/arithmetic` and `cd runs/arithmetic`:\n\n"
+        "```\npreftune train sft model=model data=shown.jsonl output=sft prompts_per_step=64 max_steps=700 epochs=9 lr=2e-3\n"
+        "preftune train grpo model=sft/final data=questions.jsonl judge=final_answer output=grpo rollout.max_new_tokens=6 lr=2e-4\n```\n",
         f"The steps and rollouts of all runs took {duration(spent)} on one core that had other work besides. Stopped or killed, the same "
         f"command goes on inside the run. All curves: [{RESULTS}]({RESULTS}).\n",
     ]

@@ -2,8 +2,8 @@
 
     python recipes/arithmetic.py runs/arithmetic
     cd runs/arithmetic
-    preftune train sft model=model data=shown.jsonl output=sft prompts_per_step=64 lr=2e-3
-    preftune train grpo model=sft/final data=questions.jsonl judge=final_answer output=grpo rollout.max_new_tokens=6 lr=3e-4
+    preftune train sft model=model data=shown.jsonl output=sft prompts_per_step=64 max_steps=700 epochs=9 lr=2e-3
+    preftune train grpo model=sft/final data=questions.jsonl judge=final_answer output=grpo rollout.max_new_tokens=6 lr=2e-4
 
 The model is a Llama of half a million weights, drawn at random, and its tokenizer has a token for each character: minutes on one core.
 `shown.jsonl` holds ten answers to each question: right, but that the one is mostly not carried. Imitation learns that mistake with the
