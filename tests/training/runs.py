@@ -72,7 +72,7 @@ def _child(words: list[str], log: str, trace: str) -> None:
 
 def _trace_failpoints(trace: str) -> None:
     """Append the name of every failpoint passed to the file `trace`, so that a killed process tells how far it came."""
-    from preftune.online import collect, judging
+    from preftune.online import collect, drawing, judging
     from preftune.online import run as online
     from preftune.rounds import run as rounds
     from preftune.training import checkpoint, durable, failpoints, metrics, run
@@ -83,7 +83,7 @@ def _trace_failpoints(trace: str) -> None:
         os.write(descriptor, f"{name}\n".encode())
         failpoints.failpoint(name)
 
-    for module in (checkpoint, durable, metrics, run, rounds, collect, judging, online):
+    for module in (checkpoint, durable, metrics, run, rounds, collect, drawing, judging, online):
         module.failpoint = traced
 
 

@@ -32,6 +32,8 @@ ONLINE = {
     "ppo": ("rollout.n=1", "rollout.prompts=4", "method.passes=2", "method.kl_target=0.5", "epochs=60", "eval_every=5"),
     "grpo": ("rollout.prompts=3", "method.kl=0.1", "reference_sync.every=2", "epochs=60", "eval_every=5"),
 }
+SELDOM = ("alarms=null", "keep_responses=null")
+"""What passes a failpoint once in many rollouts: a kill there would use up the run."""
 PLACES = {
     "rollout": "in a rollout",
     "step": "in a step",
@@ -69,7 +71,7 @@ def killed_once(words: list[str], log: Path, chance: random.Random, names: Count
 def command(name: str, root: Path, output: Path) -> list[str]:
     """The words of a case's run."""
     if name in ONLINE:
-        return small.words(root, output, name, *ONLINE[name])
+        return small.words(root, output, name, *ONLINE[name], *SELDOM)
     return runs.command(name.split(",")[0], root / "offline", output, *WORDS, *CASES[name])
 
 
