@@ -77,7 +77,7 @@ def plain(options: argparse.Namespace, work: Workload, prompts: Sequence[Sequenc
     model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=DTYPES[options.precision]).to(device).eval()
     rows = sorted(prompts, key=len, reverse=True)
     each = max(1, options.batch // work.n)
-    stop = {"eos_token_id": list(ends)} if work.natural else {"eos_token_id": None}
+    stop = {"eos_token_id": list(ends)} if work.natural else {"eos_token_id": -1}
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
