@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("untimed", deadline=None)  # no test fails because a machine is slow
+settings.load_profile("untimed")
 pytest.register_assert_rewrite("tests.training.runs")
 
 _SHARED_DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
