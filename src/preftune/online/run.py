@@ -37,9 +37,9 @@ from preftune.training.loop import Position
 from preftune.training.manifest import RunManifest, Session
 from preftune.training.progress import Meter, meter, peak_memory
 from preftune.training.reference import refuse_still
-from preftune.training.run import MAY_CHANGE, Run
+from preftune.training.run import MAY_CHANGE, Run, until_stopped
 from preftune.training.rundir import RunDirectory
-from preftune.training.signals import GracefulStop, Stopped
+from preftune.training.signals import GracefulStop
 
 MAY_CHANGE_ONLINE = MAY_CHANGE | HERE | {"keep_responses"}
 
@@ -271,13 +271,7 @@ def train(name: str, config: OnlineConfig, console: Console) -> int:
     """`preftune train` of an online method: to the end, or to a signal. Returns the exit code."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("an online method runs in one process", fix="Start it without torchrun.")
-    with GracefulStop() as stop:
-        stop.patient = False  # until there is something to save
-        try:
-            return _train(name, config, console, stop)
-        except Stopped:
-            console.print("Stopped before training; the same command goes on from here.")
-            return stop.exit_code
+    return until_stopped(lambda stop: _train(name, config, console, stop), console)
 
 
 def _train(name: str, config: OnlineConfig, console: Console, stop: GracefulStop) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -307,10 +307,15 @@ def opening(setup: Setup, total: int) -> str:
 
 def train(method_name: str, config: RunConfig, console: Console) -> int:
     """`preftune train`: run to the end, or to a signal. Returns the exit code; the run directory holds everything else."""
+    return until_stopped(lambda stop: _train(method_name, config, console, stop), console)
+
+
+def until_stopped(work: Callable[[GracefulStop], int], console: Console) -> int:
+    """The exit code of `work`, which makes the stop patient once there is something to save; before that a signal ends it at once."""
     with GracefulStop() as stop:
-        stop.patient = False  # until there is something to save
+        stop.patient = False
         try:
-            return _train(method_name, config, console, stop)
+            return work(stop)
         except Stopped:
             console.print("Stopped before training; the same command goes on from here.")
             return stop.exit_code
