@@ -87,6 +87,29 @@ def safety(example: Example, response: Response) -> float:
     return float(response.text.split()[0])
 
 
+def in_doubt(example: Example, response: Response) -> float | None:
+    """A number where the text begins with one."""
+    first = response.text.partition(" ")[0]
+    return None if first == "?" else float(first)
+
+
+def test_none_is_a_response_that_cannot_be_scored() -> None:
+    """Of parts those that gave a number add up, and where none did there is no score; the safety rule needs both."""
+    texts = tuple(Response(text) for text in ("2 words", "? it is", "? none of it"))
+    one = [Example("q", texts, where="f:1")]
+    doubt = {"use": "tests.rewards.test_judge:in_doubt"}
+    say = lambda **judge: ask(open_judge(JudgeConfig.model_validate(judge), **CPU).judge, one)[0].tolist()
+    same = lambda found, expected: np.testing.assert_array_equal(found, [np.nan if x is None else x for x in expected])
+    same(say(**doubt), [2, None, None])
+    same(say(parts={"a": doubt, "b": {"use": "length"}}, weights={"a": 10}), [22, 3, 4])
+    same(say(parts={"a": doubt, "b": doubt}), [4, None, None])
+    same(say(parts={"a": doubt, "b": {"use": "length"}}, weights={"b": 0}), [2, None, None])
+    same(say(parts={"a": doubt, "b": {"use": "length"}}, safety="a"), [2, None, None])
+    same(say(parts={"a": doubt, "b": {"use": "length"}}, safety="b"), [2, None, None])
+    with pytest.raises(UserError, match="f:1: the judge gives response 2 the score nan"):
+        ask(lambda examples: [[None, math.nan, 1.0]], one)
+
+
 @pytest.mark.parametrize(
     ("judge", "says"),
     [
@@ -150,6 +173,26 @@ def test_a_rule_and_parts_score_a_file(samples: Path, tmp_path: Path) -> None:
     responses = formats.read(both).examples[5].responses
     assert [r.score for r in responses] == [2, 4, 4]
     assert [r.meta["scores"] for r in responses] == [{"a": 2, "b": 0}, {"a": 3, "b": 1}, {"a": 4, "b": 0}]
+
+
+@pytest.mark.parametrize("attribute", [None, "kind"])
+def test_what_cannot_be_scored_has_no_score_in_the_file_and_is_counted(
+    attribute: str | None, samples: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a null in what is under way, a score that was there before is not taken for the new one, and another is left."""
+    (tmp_path / "doubt.py").write_text("def rule(example, response):\n    return None if 'two' in response.text else 1\n")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    old = {"kind": 5.0, "sure": 7.0} if attribute else 5.0
+    rows = [{**row, "responses": [{**r, "score": old} for r in row["responses"]]} for row in rows]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, name = tmp_path / "out.jsonl", ["--attribute", attribute] if attribute else []
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: None)  # the journal stays
+    assert run(["score", str(samples), "--judge", f"{tmp_path}/doubt.py:rule", "--output", str(out), *name]) == 0
+    assert "140 responses scored, 70 could not be scored" in capfd.readouterr().err
+    line = json.loads((tmp_path / "out.jsonl.partial").read_text().splitlines()[1])
+    assert line["scores"] == [1.0, None, 1.0]
+    expected = [{"sure": 7, "kind": 1}, {"sure": 7}, {"sure": 7, "kind": 1}] if attribute else [1, None, 1]
+    assert [r.score for r in formats.read(out).examples[3].responses] == expected
 
 
 def test_a_judge_that_fails_loses_nothing_and_is_not_asked_twice(

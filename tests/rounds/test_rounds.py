@@ -90,6 +90,37 @@ def test_each_round_learns_the_best_of_what_the_model_before_it_wrote(whole: Pat
     assert len(held) == 3 and not prompts & held
 
 
+NONE = "def rule(example, response):\n    n = len(response.text)\n    return None if n % 3 == 0 or {more} else n\n"
+
+
+@pytest.mark.parametrize("method", ["raft", "bon", "rso"])
+def test_a_response_that_cannot_be_scored_is_never_learned(method: str, place: Path, tmp_path: Path) -> None:
+    """Nor is it compared, nor does a held-out prompt count of which no response has a score."""
+    (tmp_path / "none.py").write_text(NONE.format(more="example.prompt[-1].content.endswith(('1!', '2!', '3!'))"))
+    more = (f"judge={tmp_path}/none.py:rule", "rounds=1", *(("method.kl=0.1", "reference=null") if method == "raft" else ()))
+    run_of = tmp_path / "run"
+    assert runs.train(words(place, run_of, method, *more)) == 0
+    scored = [r for e in formats.read(run_of / "rounds/1/scored.jsonl").examples for r in e.responses]
+    without = {r.text for r in scored if r.score is None}
+    chosen = [r for e in formats.read(run_of / "rounds/1/selected.jsonl").examples for r in e.responses]
+    assert without and chosen and not {r.text for r in chosen} & without
+    row = next(row for row in read_metrics(run_of / "metrics.jsonl") if row["kind"] == "train")
+    assert row["unscorable"] == pytest.approx(np.mean([r.score is None for r in scored])) and row["responses"] == len(scored)
+    assert row["score_sampled"] == pytest.approx(np.mean([r.score for r in scored if r.score is not None]))
+    for number in (0, 1):
+        held = formats.read(run_of / f"evaluation/{number}/scored.jsonl").examples
+        means = [np.mean(known) for e in held if (known := [r.score for r in e.responses if r.score is not None])]
+        facts = json.loads((run_of / f"evaluation/{number}/facts.json").read_text())
+        assert facts.get("score") == (pytest.approx(np.mean(means)) if means else None) and len(facts["scores"]) == len(held)
+
+
+def test_a_round_of_which_nothing_can_be_scored_is_one_line(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.py").write_text(NONE.format(more="True"))
+    assert run(["train", *words(place, tmp_path / "run", "raft", f"judge={tmp_path}/none.py:rule")]) == 2
+    assert "could score none of the 28 responses of round 1" in capfd.readouterr().err
+    assert "score" not in json.loads((tmp_path / "run/evaluation/0/facts.json").read_text())
+
+
 def test_what_is_left_behind(whole: Path) -> None:
     AutoModelForCausalLM.from_pretrained(whole / "final")
     assert not (whole / "rounds/1/train/final").exists() and not list(whole.rglob("checkpoints/step*")), "no old weights"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -58,12 +60,35 @@ def test_the_winner_of_a_tournament_is_the_best_and_meets_all_comers() -> None:
         assert len(played) == 10 and set(range(11)) - losers == {int(np.argmax(scores))}
 
 
-def test_a_response_without_a_score_is_named() -> None:
-    with pytest.raises(UserError, match=r"response 2 has no score.*preftune score") as told:
-        select.choose([record(1.0, None)], select.best)
+CHOICES = {
+    "best": lambda file: select.choose(file, select.best),
+    "top": lambda file: select.choose(file, select.top(2)),
+    "threshold": lambda file: select.choose(file, select.threshold(-9.0)),
+    "raft": lambda file: select.raft(file, 0.5),
+    "rso": lambda file: select.choose(file, select.rso(3, 1.0, 0)),
+    **{how: lambda file, how=how: select.pairs(file, how) for how in PAIRINGS},
+}
+
+
+@pytest.mark.parametrize("how", CHOICES)
+def test_a_response_without_a_score_is_never_chosen_and_is_counted(how: str) -> None:
+    """What is chosen is what would be without it; a prompt that has no other response is left with nothing."""
+    some = [record(0.1, None, 0.9, name="a"), record(None, 2.0, 1.0, 3.0, name="b"), record(None, name="c")]
+    kept = [replace(e, responses=tuple(r for r in e.responses if r.score is not None)) for e in some]
+    found, alone = CHOICES[how](some), CHOICES[how](kept)
+    assert texts(found) == texts(alone) and found.after.tolist() == alone.after.tolist() and len(found.before) == 5
+    assert (found.unscored, alone.unscored) == (3, 0) and found.prompts_without == alone.prompts_without >= 1
+    assert "c0" not in {text for one in texts(found) for text in one}
+
+
+def test_a_file_without_scores_is_named_and_so_is_a_score_that_is_no_number() -> None:
+    with pytest.raises(UserError, match=r"no response has a score.*preftune score") as told:
+        select.choose([record(None, None)], select.best)
     assert told.value.where == "f:a"
+    with pytest.raises(UserError, match="response 2 has the score nan"):
+        select.choose([record(1.0, float("nan"))], select.best)
     with pytest.raises(UserError, match="Name one with --by: helpful"):
         select.choose([record({"helpful": 1.0})], select.best)
-    with pytest.raises(UserError, match="no score of 'safe'"):
+    with pytest.raises(UserError, match="no response has a score of 'safe'"):
         select.choose([record({"helpful": 1.0})], select.best, by="safe")
     assert texts(select.choose([record({"helpful": 1.0}, {"helpful": 2.0})], select.best, by="helpful")) == [["a1"]]

@@ -35,7 +35,7 @@ def score(
     from preftune.cli.console import progress_console
     from preftune.errors import UserError
     from preftune.rewards.config import parse
-    from preftune.rewards.judge import header, open_judge
+    from preftune.rewards.judge import header, open_judge, without_score
     from preftune.rewards.judge import score as score_all
     from preftune.rollout.journal import Journal
     from preftune.training.progress import meter
@@ -65,4 +65,6 @@ def score(
             raise typer.Exit(stop.exit_code)
     formats.write(scored, output)
     partial.unlink()
-    console.print(f"[bold]{output}[/bold]: {sum(len(e.responses) for e in scored)} responses scored", soft_wrap=True)
+    total, lacking = sum(len(e.responses) for e in scored), without_score(scored, attribute)
+    rest = f", {lacking} could not be scored" if lacking else ""
+    console.print(f"[bold]{output}[/bold]: {total - lacking} responses scored{rest}", soft_wrap=True)

@@ -34,7 +34,8 @@ def best(files: Samples, output: Output, by: By = None, on_error: Errors = OnErr
 
     examples = _read(files, output, on_error)
     _write(select.choose(examples, select.best, by), output)
-    if scores := [found for example in examples if len(found := select.scores_of(example, by))]:
+    known, _ = select.with_scores(examples, by)
+    if scores := [found for example in known if len(found := select.scores_of(example, by))]:
         progress_console().print(in_words(best_of_n_curve([one.tolist() for one in scores])), soft_wrap=True)
 
 
@@ -131,7 +132,8 @@ def _write(found: Selected, output: Path) -> None:
     from preftune.errors import UserError
 
     if not found.examples:
-        raise UserError(f"none of {len(found.before)} responses stayed", fix="Choose a lower bar, or score the file anew.")
+        total = len(found.before) + found.unscored
+        raise UserError(f"none of {total} responses stayed", fix="Choose a lower bar, or score the file anew.")
     formats.write(found.examples, output)
     console = progress_console()
     share = len(found.after) / len(found.before)
@@ -143,6 +145,8 @@ def _write(found: Selected, output: Path) -> None:
             f"mean {scores.mean():.4g}, least {scores.min():.4g}, median {sorted(scores)[len(scores) // 2]:.4g}, most {scores.max():.4g}"
         )
         console.print(f"scores {name}: {spread}", soft_wrap=True)
+    if found.unscored:
+        console.print(f"{found.unscored} more responses have no score and are left out", soft_wrap=True)
     if found.prompts_without:
         console.print(f"{found.prompts_without} prompts are left with nothing", soft_wrap=True)
     console.print(f"[bold]{output}[/bold]", soft_wrap=True)

@@ -252,9 +252,10 @@ class Collector:
         samples = [s for mine in found.samples for s in mine]
         figures = monitor.scores_of(found.scores)
         for name, values in found.parts.items():
-            figures[f"score_{name}"] = float(np.mean(values))
-        if gathered.ends.any():
-            figures["dense_reward"] = float(gathered.dense.sum(1).mean())
+            if len(known := values[~np.isnan(values)]):
+                figures[f"score_{name}"] = float(known.mean())
+        if gathered.ends.any() and gathered.scored.any():
+            figures["dense_reward"] = float(gathered.dense.sum(1)[gathered.scored.flatten()].mean())
         figures |= monitor.lengths_of([len(s.ids) for s in samples], [s.finish == "stop" for s in samples])
         figures |= monitor.distances(gathered.old, gathered.reference, gathered.mask, kl=old is not None)  # else the step says it
         figures["repetition"] = monitor.repetition([s.ids for s in samples])

@@ -19,7 +19,10 @@ from preftune.training.learner import Interrupted
 
 
 def evaluate(collector: Collector, held_out: Sequence[Example], step: int, give_up: Callable[[], bool]) -> dict[str, float]:
-    """After `step` steps: score with its interval over prompts, gold score, lengths, distances to the reference. Raises Interrupted."""
+    """After `step` steps: score with its interval over prompts, gold score, lengths, distances to the reference. Raises Interrupted.
+
+    There is no score where no response could be scored.
+    """
     collector.drawing.ahead.settle()
     config, tokenizer = collector.config, collector.tokenizer
     how = replace(collector.drawing.sampling, temperature=config.rollout.eval_temperature)
@@ -34,8 +37,11 @@ def evaluate(collector: Collector, held_out: Sequence[Example], step: int, give_
     found: dict[str, float] = {}
     for name, judge in (("score", collector.judging.judges.judge), ("gold", collector.judging.judges.gold)):
         if judge is not None:
-            mean = clustered_mean_ci([float(np.mean(one)) for one in ask(judge.judge, examples)])
-            found |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
+            said = ask(judge.judge, examples)
+            known = [one[~np.isnan(one)] for one in said]
+            mean = clustered_mean_ci([float(np.mean(one)) for one in known if len(one)])
+            found |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high} if mean.n else {}
+            found["unscorable" if name == "score" else f"unscorable_{name}"] = 1 - sum(map(len, known)) / sum(map(len, said))
     samples = [s for mine in drawn for s in mine]
     found |= monitor.lengths_of([len(s.ids) for s in samples], [s.finish == "stop" for s in samples])
     found["repetition"] = monitor.repetition([s.ids for s in samples])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -15,7 +14,7 @@ class Gathered:
     scores: Tensor
     """[G, N] the judge's scores as they count: after the rules for cut responses; NaN where a response could not be scored."""
     weights: Tensor
-    """[G, N] 0 where a response is left out of the loss, else 1."""
+    """[G, N] 0 where a response is left out of the loss, as every one without a score is; else 1."""
     mask: Tensor
     """[R, T] which tokens there are."""
     dense: Tensor
@@ -29,12 +28,12 @@ class Gathered:
     values: Tensor | None = None
     """[R, T] the critic's value of each token's state."""
     greedy: Tensor | None = None
-    """[G] score of the likeliest response to each prompt."""
+    """[G] score of the likeliest response to each prompt, NaN where it could not be scored."""
 
     @property
-    def present(self) -> Tensor:
-        """[G, N] all of them."""
-        return torch.ones_like(self.scores, dtype=torch.bool)
+    def scored(self) -> Tensor:
+        """[G, N] which responses have a score, and so are compared and learned."""
+        return ~self.scores.isnan()
 
     @property
     def counted(self) -> Tensor:

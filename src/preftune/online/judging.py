@@ -16,7 +16,7 @@ from preftune.online.drawing import text_of
 from preftune.online.segments import asked, laid, offsets
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Example, Response
-from preftune.rewards.judge import Opened, header, score
+from preftune.rewards.judge import Opened, header, score, unscorable
 from preftune.rollout.journal import Journal
 from preftune.rollout.samples import Sample
 from preftune.training.failpoints import failpoint
@@ -44,16 +44,16 @@ class Judged:
     examples: list[Example]
     samples: list[list[Sample]]
     scores: np.ndarray
-    """[G, N]"""
+    """[G, N], NaN where a response could not be scored."""
     parts: dict[str, np.ndarray]
-    """[G, N] by name, where the judge has several parts."""
+    """[G, N] by name, where the judge has several parts; NaN where a part could not score."""
     dense: list[list[np.ndarray]]
     """Rewards of segments, a number for each token of each response; NaN where no segment ends."""
 
     @property
     def uneven(self) -> list[int]:
-        """Prompts whose responses do not all score the same."""
-        return [g for g, row in enumerate(self.scores) if row.max() > row.min()]
+        """Prompts whose responses do not all score the same, as far as they have a score."""
+        return [g for g, row in enumerate(self.scores) if len(known := row[~np.isnan(row)]) and known.max() > known.min()]
 
     def only(self, kept: Sequence[int]) -> Judged:
         """These prompts alone."""
@@ -100,7 +100,8 @@ class Judging:
         """The judge's scores of the samples, and the rewards of their segments."""
         examples = [self.record(example, mine) for example, mine in zip(prompts, samples, strict=True)]
         scored = self.ask(folder / "scores.jsonl", examples, self.judges.judge)
-        parts = {name: np.array([[r.meta["scores"][name] for r in e.responses] for e in scored]) for name in self.config.judge.parts}
+        said = lambda name: np.array([[r.meta["scores"][name] for r in e.responses] for e in scored], dtype=np.float64)  # null is NaN
+        parts = {name: said(name) for name in self.config.judge.parts}
         dense = [[np.full(len(s.ids), np.nan) for s in mine] for mine in samples]
         for name, opened in self.judges.dense.items():
             self._segments(folder / f"scores-{name}.jsonl", opened, self.config.dense[name], examples, samples, dense)
@@ -125,7 +126,7 @@ class Judging:
                 into[g][n] = np.where(np.isnan(rewards), into[g][n], np.nan_to_num(into[g][n]) + rewards)
 
     def counted(self, scores: Tensor, finished: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """[G, N] scores and weights in the loss, after the rules for cut and long responses (D.8)."""
+        """[G, N] scores and weights in the loss, after the rules for cut and long responses (D.8); without a score a response weighs 0."""
         knobs = self.config.knobs
         if knobs.reward_clip is not None:
             scores = scores.clamp(-knobs.reward_clip, knobs.reward_clip)
@@ -134,28 +135,38 @@ class Judging:
             scores, weights = missing_end(scores, finished, knobs.missing_eos, knobs.missing_eos_penalty)
         if knobs.overlong is not None:
             scores = scores + overlong_penalty(lengths, self.config.rollout.max_new_tokens, knobs.overlong)
-        return scores, weights
+        return scores, weights.masked_fill(scores.isnan(), 0.0)
 
     def combined(self, found: Judged, cost_weight: float = 0.0) -> Tensor:
-        """[G, N] the judge's scores; of parts on one scale where that is asked; with a constraint (reward - c * cost) / (1 + c)."""
+        """[G, N] the judge's scores; of parts on one scale where that is asked; with a constraint (reward - c * cost) / (1 + c).
+
+        NaN where no part that is added could score the response, or a constraint's cost is not known.
+        """
         constraint = self.config.constraint
         if not self.config.normalise_parts and constraint is None:
             return torch.from_numpy(found.scores)
-        scaled = lambda values: (values - values.mean()) / (values.std(ddof=1) + 1e-4) if values.size > 1 else values * 0
         weights = {name: self.config.judge.weights.get(name, 1.0) for name in found.parts}
         if constraint is not None:
             weights[constraint.part] = -cost_weight
-        each = {name: scaled(values) if self.config.normalise_parts else values for name, values in found.parts.items()}
-        return torch.from_numpy(np.sum([weights[name] * values for name, values in each.items()], axis=0)) / (1 + cost_weight)
+        each = {name: _scaled(values) if self.config.normalise_parts else values for name, values in found.parts.items()}
+        total = np.sum([weights[name] * np.nan_to_num(values) for name, values in each.items()], axis=0) / (1 + cost_weight)
+        lacking = unscorable(found.parts, self.config.judge.weights, () if constraint is None else (constraint.part,))
+        return torch.from_numpy(np.where(lacking, np.nan, total))
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Mean 0 and deviation 1 of those that are known."""
+    known = values[~np.isnan(values)]
+    return (values - known.mean()) / (known.std(ddof=1) + 1e-4) if len(known) > 1 else values * 0
 
 
 def scores_in(scored: Sequence[Example]) -> np.ndarray:
-    """[G, N] the scores of records."""
+    """[G, N] the scores of records, NaN of responses without one."""
     return np.array([_row(example) for example in scored])
 
 
 def _row(example: Example) -> list[float]:
-    return [float(r.score) for r in example.responses]  # type: ignore[arg-type]
+    return [np.nan if r.score is None else float(r.score) for r in example.responses]  # type: ignore[arg-type]
 
 
 def shape_of(samples: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor]:

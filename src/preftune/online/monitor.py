@@ -28,11 +28,15 @@ def lengths_of(tokens: Sequence[int], finished: Sequence[bool]) -> Figures:
 
 
 def scores_of(scores: np.ndarray, name: str = "score") -> Figures:
-    """Mean, deviation and range of [G, N] scores, NaN left out; and the share of prompts whose responses all score the same."""
+    """Mean, deviation and range of [G, N] scores, NaN left out; and the share of prompts whose responses all score the same.
+
+    Beside them the share of NaN, responses that could not be scored; alone where all are.
+    """
     known = scores[~np.isnan(scores)]
+    share = {"unscorable" if name == "score" else f"unscorable_{name}": 1 - len(known) / scores.size}
     if not len(known):
-        return {}
-    found = {
+        return share
+    found = share | {
         name: float(known.mean()),
         f"{name}_std": float(known.std()),
         f"{name}_min": float(known.min()),
@@ -160,7 +164,8 @@ def _fall(values: Sequence[float], window: int) -> tuple[float, float] | None:
 
 def _error(first: Sequence[Figures], last: Sequence[Figures], key: str) -> float:
     """Standard error of the difference of two means of rollouts."""
-    spread = lambda rows: float(np.var([row[key] for row in rows])) / max(1, len(rows))
+    known = lambda rows: [row[key] for row in rows if key in row]
+    spread = lambda rows: float(np.var(known(rows))) / len(known(rows))
     return (spread(first) + spread(last)) ** 0.5
 
 

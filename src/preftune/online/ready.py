@@ -241,7 +241,7 @@ def check(name: str, config: OnlineConfig, console: Console) -> bool:
     world = World.join(config.device)
     found = ready(name, config, world)
     show(Line("prompts", True, f"{len(found.prompts)} to train on, {len(found.held_out)} held out"), console)
-    show(Line("judges", True, "each gives one finite score for a response to the first prompt"), console)
+    show(Line("judges", True, "each answers for a response to the first prompt"), console)
     setup = prepare(found, world)
     notice = next((n for n in setup.notices if "padded rows" in n), None)
     show(Line("packed = padded", notice is None, notice or "hidden states of both layouts agree"), console)

@@ -179,6 +179,7 @@ class OnlineRun(Run):
     def _tell(self, figures: dict[str, float]) -> None:
         """After a rollout's first step: say how it went."""
         words = [f"score {figures['score']:.3f}"] if "score" in figures else []
+        words += [f"{figures['unscorable']:.0%} could not be scored"] if figures["unscorable"] else []
         words += [
             f"{key} {figures[name]:.3f}"
             for key, name in (("gold", "gold"), ("KL", "kl_response"))
@@ -227,12 +228,11 @@ class OnlineRun(Run):
             if self.directory is not None:
                 seconds = {"seconds": round(time.monotonic() - start, 4), "peak_memory": peak_memory()}
                 self.directory.metrics.append(self.position.step, "eval", {**facts, "records": len(self.found.held_out), **seconds})
-            self.console.print(
-                f"Held out, after {self.position.step} steps: score {facts['score']:.3f} "
-                f"({facts['score_low']:.3f} to {facts['score_high']:.3f})",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
-            self._judge(facts)
+            said = "no response could be scored"
+            if "score" in facts:
+                said = f"score {facts['score']:.3f} ({facts['score_low']:.3f} to {facts['score_high']:.3f})"
+            self.console.print(f"Held out, after {self.position.step} steps: {said}", soft_wrap=True, highlight=False)
+            self._judge({"score": math.nan, **facts})
         self.progress.evaluation_due = False
         self.saved_step = -1
 

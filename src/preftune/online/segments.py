@@ -53,11 +53,16 @@ def asked(example: Example, texts: Sequence[str], config: DenseConfig) -> tuple[
 def laid(
     scores: np.ndarray, places: Sequence[Sequence[int]], tokens: Sequence[Sequence[tuple[int, int]]], config: DenseConfig
 ) -> list[np.ndarray]:
-    """Rewards by token, an array a response, of the flat `scores` of all segments; NaN on tokens that end none."""
+    """Rewards by token, an array a response, of the flat `scores` of all segments; NaN on tokens that end none.
+
+    A segment whose score is NaN has no reward, and what the next one adds is told from the last score before it.
+    """
     out, at = [], 0
     for ends_of, offsets_of in zip(places, tokens, strict=True):
         mine = scores[at : at + len(ends_of)]
         at += len(ends_of)
+        known = ~np.isnan(mine)
+        mine, ends_of = mine[known], [place for place, is_known in zip(ends_of, known, strict=True) if is_known]
         if config.of == "gain":
             mine = np.diff(mine, prepend=0.0)
         rewards = np.full(len(offsets_of), np.nan)

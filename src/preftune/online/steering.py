@@ -32,7 +32,7 @@ def after_rollout(coefficients: dict[str, float], config: OnlineConfig, figures:
     kl = figures.get("kl_response")
     if knobs.kl_target is not None and kl is not None:
         found["kl"] = reference_coefficient(found["kl"], kl, knobs.kl_target, responses, knobs.kl_horizon)
-    if constraint is not None:
+    if constraint is not None and f"score_{constraint.part}" in figures:  # else the cost of no response is known
         found["cost"] *= math.exp(constraint.lr * (figures[f"score_{constraint.part}"] - constraint.at_most))
     return found
 

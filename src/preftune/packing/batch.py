@@ -46,12 +46,18 @@ class Totals:
     tokens: float
     """Tokens that carry loss, each as often as its response's weight."""
     responses: int
+    """Responses; one that weighs nothing because nothing could score it counts as not there."""
     prompts: int
 
     @staticmethod
     def of(trees: Sequence[Tree]) -> Totals:
         """Counts over these trees."""
-        return Totals(sum(float(_tokens_of(t).sum()) for t in trees), sum(len(t.responses) for t in trees), len(trees))
+        return Totals(sum(float(_tokens_of(t).sum()) for t in trees), sum(map(_responses_of, trees)), len(trees))
+
+
+def _responses_of(tree: Tree) -> int:
+    """Responses that count in a mean over responses."""
+    return len(tree.responses) - (0 if tree.weights is None else int((np.isnan(tree.scores) & (tree.weights == 0)).sum()))
 
 
 def _tokens_of(tree: Tree) -> np.ndarray:

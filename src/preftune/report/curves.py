@@ -123,6 +123,7 @@ ONLINE = (
     _of_rollouts("policy_perplexity", "Perplexity under the policy"),
     _of_rollouts("response_tokens_p50", "Median length", "", "tokens"),
     Curve(("score_min", "score_max"), "Least and greatest score drawn", names=("least", "greatest")),
+    _of_rollouts("unscorable", "Responses that could not be scored", "Nothing is learned from them."),
     Curve(
         ("seconds_sampling", "seconds_judging", "seconds_looking"),
         "Time of a rollout",

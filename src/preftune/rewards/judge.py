@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,8 +23,8 @@ from preftune.rewards.endpoint import Endpoint
 from preftune.rewards.rules import find, is_rule
 from preftune.rollout.journal import Journal
 
-Judge = Callable[[Sequence[Example]], Sequence[Sequence[float] | np.ndarray]]
-"""Records to one sequence of N scores a record."""
+Judge = Callable[[Sequence[Example]], Sequence[Sequence[float | None] | np.ndarray]]
+"""Records to one sequence of N scores a record; None is a response that cannot be scored, which is NaN from `ask` on."""
 
 CHUNK = 32
 """Records that a file's judge sees at once: what a kill can cost."""
@@ -42,13 +43,33 @@ class Parts:
         return [{name: said[name][i] for name in said} for i in range(len(examples))]
 
     def combine(self, said: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One score a response."""
+        """One score a response: the sum over the parts that could score it, or NaN (see `unscorable`)."""
         stacked = torch.from_numpy(np.stack([said[name] for name in self.scoring.attributes], axis=-1))
-        return self.scoring.combine(stacked if self.scoring.heads > 1 else stacked[..., 0]).numpy()
+        known = stacked.nan_to_num()
+        found: np.ndarray = self.scoring.combine(known if self.scoring.heads > 1 else known[..., 0]).numpy()
+        both = () if self.scoring.safety is None else self.scoring.attributes
+        weights = dict(zip(self.scoring.attributes, self.scoring.weights, strict=False))
+        return np.where(unscorable(said, weights, both), np.nan, found)
 
-    def __call__(self, examples: Sequence[Example]) -> Values:
+    def __call__(self, examples: Sequence[Example]) -> list[list[float | None]]:
         """The one score of every response."""
-        return [self.combine(one) for one in self.each(examples)]
+        return [_told(self.combine(one)) for one in self.each(examples)]
+
+
+def unscorable(said: Mapping[str, np.ndarray], weights: Mapping[str, float], needed: Collection[str] = ()) -> np.ndarray:
+    """Which responses have no score in all: those of which no part that weighs anything gives one, or a `needed` part gives none.
+
+    `said` are arrays of one shape by part, NaN where a part could not score; `weights` those that are not 1.
+    """
+    unknown = {name: np.isnan(values) for name, values in said.items()}
+    added = [one for name, one in unknown.items() if name not in needed and weights.get(name, 1.0) != 0]
+    lacking = [unknown[name] for name in needed] + ([np.all(added, axis=0)] if added else [])
+    return np.any(lacking, axis=0)
+
+
+def _told(scores: np.ndarray) -> list[float | None]:
+    """Scores as JSON has them: null for a response that could not be scored."""
+    return [None if math.isnan(score) else score for score in scores.tolist()]
 
 
 @dataclass
@@ -90,13 +111,14 @@ def _part(part: PartConfig, *, compute: torch.dtype, device: torch.device, max_l
     return Opened(model, facts, [model.notice] if model.notice else [])
 
 
-def _by_rule(rule: Callable[[Example, Response], float], name: str, examples: Sequence[Example]) -> list[list[float]]:
+def _by_rule(rule: Callable[[Example, Response], float | None], name: str, examples: Sequence[Example]) -> list[list[float | None]]:
     found = []
     for example in examples:
         mine = []
         for number, response in enumerate(example.responses, start=1):
             try:
-                mine.append(float(rule(example, response)))
+                said = rule(example, response)
+                mine.append(None if said is None else float(said))
             except Exception as error:  # whatever a user's function raises
                 what = f"the rule {name} fails on response {number}: {type(error).__name__}: {error}"
                 raise UserError(what, where=example.where) from error
@@ -105,7 +127,10 @@ def _by_rule(rule: Callable[[Example, Response], float], name: str, examples: Se
 
 
 def ask(judge: Judge, examples: Sequence[Example], name: str = "the judge") -> Values:
-    """The judge's scores, one [N] array of finite numbers a record. Raises UserError where they are anything else, naming the record."""
+    """The judge's scores, one [N] array a record: finite numbers, and NaN for each None, a response that cannot be scored.
+
+    Raises UserError where the judge gives anything else, a NaN of its own too, naming the record.
+    """
     try:
         found = list(judge(examples))
     except UserError:
@@ -124,8 +149,9 @@ def ask(judge: Judge, examples: Sequence[Example], name: str = "the judge") -> V
         if array.shape != (len(example.responses),):
             what = f"{name} gives {array.size} scores for {len(example.responses)} responses"
             raise UserError(what, where=example.where, fix="It must give one number a response, in their order.")
-        if not np.isfinite(array).all():
-            at = int(np.flatnonzero(~np.isfinite(array))[0])
+        wrong = np.flatnonzero(~np.isfinite(array) & [value is not None for value in given])
+        if len(wrong):
+            at = int(wrong[0])
             raise UserError(f"{name} gives response {at + 1} the score {array[at]}", where=example.where)
         scores.append(array)
     return scores
@@ -142,8 +168,8 @@ def score(
 ) -> list[Example] | None:
     """The records with the judge's scores; what the journal holds is not asked for again. None where `give_up` said so on the way.
 
-    A score replaces the one that is there, or stands beside it under the name `attribute`. Several judges leave what each of them said in
-    the response's meta, under `scores`.
+    A score replaces the one that is there, or stands beside it under the name `attribute`; a response that cannot be scored then has none.
+    Several judges leave what each of them said in the response's meta, under `scores`.
     """
     missing = [i for i in range(len(examples)) if str(i) not in journal.done]
     on_done(len(examples) - len(missing))
@@ -170,8 +196,8 @@ def _score_part(indices: Sequence[int], examples: Sequence[Example], judge: Judg
         _score_part(indices[half:], examples[half:], judge, journal)
         return
     for at, index in enumerate(indices):
-        parts = {"parts": {name: values.tolist() for name, values in each[at].items()}} if each else {}
-        journal.add({"prompt": str(index), "number": 0, "scores": scores[at].tolist(), **parts})
+        parts = {"parts": {name: _told(values) for name, values in each[at].items()}} if each else {}
+        journal.add({"prompt": str(index), "number": 0, "scores": _told(scores[at]), **parts})
 
 
 def _with(example: Example, found: Mapping[str, Any], attribute: str | None) -> Example:
@@ -183,12 +209,19 @@ def _with(example: Example, found: Mapping[str, Any], attribute: str | None) -> 
     return replace(example, responses=tuple(responses))
 
 
-def _beside(score: object, attribute: str | None, value: float) -> float | dict[str, float]:
-    """The new score, under its name beside the others where it has one."""
+def _beside(score: object, attribute: str | None, value: float | None) -> float | dict[str, float] | None:
+    """The new score, under its name beside the others where it has one; None where there is no score at all."""
     if attribute is None:
         return value
     others: dict[str, Any] = dict(score) if isinstance(score, Mapping) else {} if score is None else {"overall": score}
-    return {**others, attribute: value}
+    others.pop(attribute, None)
+    return {**others, **({} if value is None else {attribute: value})} or None
+
+
+def without_score(examples: Sequence[Example], attribute: str | None = None) -> int:
+    """Responses that have no score, or none of this name."""
+    own = lambda score: score.get(attribute) if isinstance(score, Mapping) and attribute is not None else score
+    return sum(own(response.score) is None for example in examples for response in example.responses)
 
 
 def header(examples: Sequence[Example], opened: Opened) -> dict[str, Any]:

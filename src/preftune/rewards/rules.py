@@ -17,8 +17,8 @@ from typing import Any
 from preftune.errors import UserError
 from preftune.records import Example, Response
 
-Rule = Callable[..., float]
-"""rule(example, response, **options) -> score."""
+Rule = Callable[..., float | None]
+"""rule(example, response, **options) -> score, or None where the response cannot be scored."""
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+")
 _MARKS = (re.compile(r"####"), re.compile(r"\\boxed\{"), re.compile(r"(?i)\banswer(?:\s+is)?\b"))
@@ -84,7 +84,7 @@ def is_rule(word: str) -> bool:
 class Found:
     """A rule with its options filled in, and a hash of the code it stands in."""
 
-    score: Callable[[Example, Response], float]
+    score: Callable[[Example, Response], float | None]
     code: str
 
 

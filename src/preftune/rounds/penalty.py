@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,14 @@ DIVERGENCE = "divergence"
 
 
 def judged(response: Response) -> float:
-    """The judge's own score."""
-    return float(response.meta.get(JUDGED, response.score))
+    """The judge's own score, NaN of a response that it could not score."""
+    found = response.meta.get(JUDGED, response.score)
+    return math.nan if found is None else float(found)
+
+
+def scores_of(example: Example) -> list[float]:
+    """The judge's own scores of the responses that it could score."""
+    return [score for score in map(judged, example.responses) if not math.isnan(score)]
 
 
 def log_ratios(
@@ -63,12 +70,18 @@ def log_ratios(
 
 
 def less(examples: Sequence[Example], ratios: Sequence[np.ndarray], beta: float) -> list[Example]:
-    """The records with penalised scores; a response's `meta` keeps the judge's."""
-    out = []
-    for example, mine in zip(examples, ratios, strict=True):
-        one = lambda r, d: replace(r, score=judged(r) - beta * float(d), meta={**r.meta, JUDGED: judged(r), DIVERGENCE: float(d)})
-        out.append(replace(example, responses=tuple(one(r, d) for r, d in zip(example.responses, mine, strict=True))))
-    return out
+    """The records with penalised scores; a response's `meta` keeps the judge's. One without a score stays as it is."""
+
+    def one(response: Response, ratio: float) -> Response:
+        if response.score is None:
+            return response
+        own = judged(response)
+        return replace(response, score=own - beta * ratio, meta={**response.meta, JUDGED: own, DIVERGENCE: ratio})
+
+    return [
+        replace(example, responses=tuple(one(r, float(d)) for r, d in zip(example.responses, mine, strict=True)))
+        for example, mine in zip(examples, ratios, strict=True)
+    ]
 
 
 def penalised(run: Rounds, output: Path, scored: Sequence[Example], number: int) -> Sequence[Example]:

@@ -61,7 +61,7 @@ def check(name: str, config: RoundsConfig, console: Console) -> bool:
     row = ITERATED[name]
     found = ready(row, config)
     show(Line("prompts", True, f"{len(found.prompts)} to train on, {len(found.held_out)} held out"), console)
-    show(Line("judge", True, "gives one finite score for a response to the first prompt"), console)
+    show(Line("judge", True, "answers for a response to the first prompt"), console)
     policy = LanguageModel(load.load_causal_lm(found.source), compute=found.compute).to(found.device)
     notice = settle_layout(policy)
     show(Line("packed = padded", notice is None, notice or "hidden states of both layouts agree"), console)

@@ -29,7 +29,7 @@ from preftune.models.policy import LanguageModel, settle_layout
 from preftune.packing.chat import ChatTokenizer
 from preftune.records import Example
 from preftune.report.page import CHANGE_FILE
-from preftune.rewards.judge import Opened, header, score
+from preftune.rewards.judge import Opened, header, score, without_score
 from preftune.rollout.config import EngineName
 from preftune.rollout.draw import Sampler, draw, lacking, records
 from preftune.rollout.engine import Engine
@@ -38,10 +38,11 @@ from preftune.rollout.sampling import Sampling
 from preftune.rounds.config import RoundsConfig
 from preftune.rounds.figures import change, evaluated, merged, score_words, sentence
 from preftune.rounds.methods import ITERATED, Iterated
-from preftune.rounds.penalty import PENALISED, divergence, judged, penalised
+from preftune.rounds.penalty import PENALISED, divergence, judged, penalised, scores_of
 from preftune.rounds.ready import ready, template, training_config
 from preftune.rounds.served import Served
 from preftune.selection.best_of_n import best_of_n_curve
+from preftune.selection.select import with_scores
 from preftune.training.durable import replace_file
 from preftune.training.failpoints import failpoint
 from preftune.training.manifest import RunManifest, Session
@@ -182,27 +183,35 @@ class Rounds:
         if self.config.pool == "all":
             name = PENALISED if self.row.penalty(self.config.method) else "scored.jsonl"
             pool = merged([*(e for r in range(1, number) for e in _records(self.folder("rounds", r) / name)), *scored])
-        found = self.row.select(pool, self.config.method, self.config.seed + number)
+        known, unscored = [scores for e in scored if (scores := scores_of(e))], without_score(scored)
+        if not known:
+            raise UserError(
+                f"the judge could score none of the {unscored} responses of round {number}",
+                where=str(output.with_name("scored.jsonl")),
+                fix="Take a judge that can, or other prompts.",
+            )
+        total = sum(len(e.responses) for e in pool)
+        found = self.row.select(with_scores(pool)[0], self.config.method, self.config.seed + number)
         if not found.examples:
             raise UserError(
-                f"round {number} leaves nothing to learn: none of {sum(len(e.responses) for e in pool)} responses is kept",
+                f"round {number} leaves nothing to learn: none of {total} responses is kept",
                 where=str(output.with_name("scored.jsonl")),
                 fix="Draw more or longer responses, lower method.at_least, or start from a model that can do some of the task.",
             )
         if not output.exists():
             formats.write(found.examples, output)
         failpoint("round.selected")
-        best = [[judged(r) for r in e.responses] for e in scored]
         chosen = [judged(r) for e in found.examples for r in e.responses]
         return {
-            "responses": sum(len(e.responses) for e in pool),
+            "responses": total,
             "selected": len(found.after),
             "records": len(found.examples),
             "prompts_without": found.prompts_without,
-            "score_sampled": float(np.concatenate([np.asarray(one) for one in best]).mean()),
+            "score_sampled": float(np.concatenate(known).mean()),
             "score_selected": float(np.mean(chosen)),
             **divergence(scored),
-            "best_of_n": best_of_n_curve(best),
+            "unscorable": unscored / sum(len(e.responses) for e in scored),
+            "best_of_n": best_of_n_curve(known),
         }
 
     def train(self, folder: Path, number: int) -> dict[str, Any]:

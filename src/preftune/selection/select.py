@@ -23,14 +23,16 @@ class Selected:
 
     examples: list[Example]
     before: np.ndarray
-    """Scores of all responses looked at."""
+    """Scores of all responses that have one."""
     after: np.ndarray
     """Scores of the responses that stayed, once for each time they stand in a record."""
     prompts_without: int
+    unscored: int = 0
+    """Responses without a score, which are never chosen."""
 
     def among(self, later: Selected) -> Selected:
         """This selection and a later one from its records, as one."""
-        return Selected(later.examples, self.before, later.after, self.prompts_without + later.prompts_without)
+        return Selected(later.examples, self.before, later.after, self.prompts_without + later.prompts_without, self.unscored)
 
 
 def finished(examples: Sequence[Example]) -> list[Example]:
@@ -39,7 +41,10 @@ def finished(examples: Sequence[Example]) -> list[Example]:
 
 
 def scores_of(example: Example, by: str | None) -> np.ndarray:
-    """[N] scores of the responses, of attribute `by` where scores are mappings. Raises UserError where one is missing or not finite."""
+    """[N] scores of the responses, of attribute `by` where scores are mappings; NaN where one is missing.
+
+    Raises UserError for a score that is no finite number, and for scores by attribute where `by` names none.
+    """
     found = []
     for number, response in enumerate(example.responses, start=1):
         value = response.score
@@ -47,24 +52,38 @@ def scores_of(example: Example, by: str | None) -> np.ndarray:
             if by is None:
                 raise UserError("responses are scored by attribute", where=example.where, fix=f"Name one with --by: {', '.join(value)}.")
             value = value.get(by)
-        if value is None or not np.isfinite(value):
-            what = f"no score{f' of {by!r}' if by else ''}" if value is None else f"the score {value}"
-            raise UserError(f"response {number} has {what}", where=example.where, fix="Score the file first: `preftune score`.")
-        found.append(float(value))
+        if value is not None and not np.isfinite(value):
+            raise UserError(f"response {number} has the score {value}", where=example.where, fix="Score the file anew: `preftune score`.")
+        found.append(np.nan if value is None else float(value))
     return np.array(found)
 
 
-def choose(examples: Sequence[Example], chooser: Chooser, by: str | None = None) -> Selected:
-    """Each record with only the responses that `chooser` names; records left without any are counted and left out."""
-    kept, before, after = [], [], []
+def with_scores(examples: Sequence[Example], by: str | None = None) -> tuple[list[Example], int]:
+    """The records with only those responses that have a score, and how many have none. Raises UserError where no response has one."""
+    kept, unscored = [], 0
     for example in examples:
+        known = ~np.isnan(scores_of(example, by))
+        unscored += int((~known).sum())
+        one = replace(example, responses=tuple(r for r, k in zip(example.responses, known, strict=True) if k), comparisons=())
+        kept.append(example if known.all() else one)
+    if unscored and not any(example.responses for example in kept):
+        what = f"no response has a score{f' of {by!r}' if by else ''}"
+        raise UserError(what, where=examples[0].where, fix="Score the file first: `preftune score`.")
+    return kept, unscored
+
+
+def choose(examples: Sequence[Example], chooser: Chooser, by: str | None = None) -> Selected:
+    """Each record with only the responses that `chooser` names, of those with a score; records left without any are left out."""
+    kept, before, after = [], [], []
+    known, unscored = with_scores(examples, by)
+    for example in known:
         scores = scores_of(example, by)
         chosen = list(chooser(example, scores))
         before.append(scores)
         after.append(scores[chosen])
         if chosen:
             kept.append(replace(example, responses=tuple(_plain(example.responses[i]) for i in chosen), comparisons=()))
-    return Selected(kept, _flat(before), _flat(after), len(examples) - len(kept))
+    return Selected(kept, _flat(before), _flat(after), len(examples) - len(kept), unscored)
 
 
 def best(example: Example, scores: np.ndarray) -> Sequence[int]:
@@ -84,7 +103,8 @@ def threshold(least: float) -> Chooser:
 
 def raft(examples: Sequence[Example], share: float, by: str | None = None) -> Selected:
     """RAFT's global option: the best `share` of all responses of the file, whatever their prompt (arXiv:2304.06767); at least one."""
-    every = _flat([scores_of(example, by) for example in examples])
+    known, unscored = with_scores(examples, by)
+    every = _flat([scores_of(example, by) for example in known])
     count = max(1, round(share * len(every)))
     chosen = set(np.argsort(-every, kind="stable")[:count].tolist())
     at = 0
@@ -95,7 +115,7 @@ def raft(examples: Sequence[Example], share: float, by: str | None = None) -> Se
         at += len(scores)
         return mine
 
-    return choose(examples, chooser, by)
+    return replace(choose(known, chooser, by), unscored=unscored)
 
 
 def rso(count: int, beta: float, seed: int) -> Chooser:
@@ -113,7 +133,8 @@ def rso(count: int, beta: float, seed: int) -> Chooser:
 def pairs(examples: Sequence[Example], how: str, seed: int = 0, by: str | None = None) -> Selected:
     """A record for each decided meeting, (better, worse) with ranks 1 and 2; `how` is a key of PAIRINGS."""
     made, before, after, without = [], [], [], 0
-    for example in examples:
+    known, unscored = with_scores(examples, by)
+    for example in known:
         scores = scores_of(example, by)
         before.append(scores)
         found = PAIRINGS[how](scores.tolist(), _random(seed, example))
@@ -123,7 +144,7 @@ def pairs(examples: Sequence[Example], how: str, seed: int = 0, by: str | None =
             name = f"{example.id}-{number}" if len(found) > 1 else example.id
             made.append(replace(example, id=name, responses=two, comparisons=()))
             after.append(scores[[better, worse]])
-    return Selected(made, _flat(before), _flat(after), without)
+    return Selected(made, _flat(before), _flat(after), without, unscored)
 
 
 def _plain(response: Response) -> Response:
