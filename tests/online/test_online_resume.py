@@ -31,6 +31,7 @@ PLACES = {
         "rollout.kept:kill",
         "step:kill:2",
         "final.before:kill",
+        "final.between:kill",
     ),
     "grpo": (
         "rollout.sampled:kill",

@@ -200,7 +200,7 @@ def test_ppo_s_losses_are_those_of_loops_and_plain_transformers(place: Path, tmp
                 for n, logp in enumerate(plain_logps(plain, tree, 1.3)):
                     ids = torch.from_numpy(np.concatenate([tree.prompt, tree.responses[n]]))
                     states = trunk.model(ids[None]).last_hidden_state[0, len(tree.prompt) - 1 : -1]
-                    values = (states @ actor.critic.head.weight.T + actor.critic.head.bias).squeeze(1)
+                    values = (states @ actor.critic.head.weight.T).squeeze(1)
                     full = (plain(ids[None]).logits[0, len(tree.prompt) - 1 : -1].double() / 1.3).log_softmax(-1)
                     told = {name: tree.told[name][n] for name in tree.told}
                     for t in range(len(logp)):

@@ -103,10 +103,10 @@ def passed(trace: Path) -> list[str]:
 
 
 def digests(output: Path, *, last_only: bool = False) -> dict[str, str]:
-    """SHA-256 of every file of every checkpoint (or of the newest), and of the final model's weights."""
+    """SHA-256 of every file of every checkpoint (or of the newest), and of the weights of the final model and of its critic."""
     checkpoints = sorted((output / "checkpoints").glob("step-*"))
     files = [file for path in (checkpoints[-1:] if last_only else checkpoints) for file in sorted(path.iterdir())]
-    files.append(output / "final" / "model.safetensors")
+    files += [output / "final" / "model.safetensors", *(output / "critic").glob("*.safetensors")]
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -19,10 +19,15 @@ from preftune.models.scoring import KEY
 from preftune.packing.chat import ChatTokenizer
 
 
+class NoClassifier(UserError):
+    """A model of which no sequence classifier can be made that transformers reads."""
+
+
 def save_model(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, path: Path, *, adapter: Adapter | None = None) -> None:
     """Write the model to `path`, whole or not at all; an adapter is folded in, and written beside as `adapter/`.
 
-    `transformers` loads the directory and gives equal outputs. The model is left with its adapter merged.
+    `transformers` loads the directory and gives equal outputs. The model is left with its adapter merged. Raises NoClassifier for a
+    reward model that could not be read again.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,7 +94,7 @@ def pad_token(tokenizer: ChatTokenizer) -> int:
     for candidate in candidates:
         if candidate is not None and candidate not in tokenizer.turn_ends and candidate != inner.bos_token_id:
             return int(candidate)
-    raise UserError("the tokenizer has no special token that could pad without ending a turn", where="model")
+    raise NoClassifier("the tokenizer has no special token that could pad without ending a turn", where="model")
 
 
 def _save_classifier(model: RewardModel, tokenizer: ChatTokenizer, path: Path) -> None:
@@ -107,7 +112,7 @@ def _save_classifier(model: RewardModel, tokenizer: ChatTokenizer, path: Path) -
         with torch.device("meta"):
             classifier = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise UserError(f"transformers has no sequence classifier for {type(config).__name__}", where="model") from error
+        raise NoClassifier(f"transformers has no sequence classifier for {type(config).__name__}", where="model") from error
     name, _ = score_head(classifier)
     prefix = classifier.base_model_prefix
     state = {f"{prefix}.{key}": value for key, value in model.hf.base_model.state_dict().items()}

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from preftune.methods import Outputs
+from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel, RewardModel, token_logprobs_and_entropy
+from preftune.models.scoring import Scoring
 from preftune.objectives.metrics import Metrics
 from preftune.packing.batch import Batch, Totals, by_token, collate, microbatches
 from preftune.packing.chat import Tree
@@ -34,6 +36,12 @@ class ActorCritic(LanguageModel):
         """Whether there is a critic."""
         return self.critic is not None or self.value_head is not None
 
+    def as_classifier(self) -> RewardModel | None:
+        """The critic as a model of its own; of a shared trunk that trunk as it stands, with the value head on it."""
+        if self.value_head is None:
+            return self.critic
+        return RewardModel(self.hf, head=self.value_head, scoring=Scoring(), compute=self.backbone.compute, packed=self.backbone.packed)
+
     def look(self, batch: Batch, learns: Learns = "all") -> Outputs:
         """[M] log-probabilities, entropies and, with a critic, values; the policy has no gradient where only the critic learns."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns == "all"):
@@ -54,10 +62,9 @@ class ActorCritic(LanguageModel):
 
 
 def _no_value(width: int) -> nn.Linear:
-    """A head that gives every state the value 0."""
-    head = nn.Linear(width, 1)
+    """A head that gives every state the value 0; without a bias, as the heads of sequence classifiers, which a critic is saved as."""
+    head = nn.Linear(width, 1, bias=False)
     nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
     return head
 
 
@@ -95,6 +102,7 @@ class OnlineLearner(Learner):
     temperature: float = 1.0
     critic_warmup: int = 0
     critic_lr_scale: float = 1.0
+    critic_adapter: Adapter | None = None
     pretraining: Pretraining | None = None
     coefficients: dict[str, float] = field(default_factory=dict)
     learns: Learns = field(default="all", init=False)

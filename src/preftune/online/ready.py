@@ -143,9 +143,7 @@ def prepare(found: Ready, world: World) -> Setup:
     found.tokenizer.turn_ends = found.tokenizer.turn_ends | frozenset(load.eos_ids(policy.hf))
     adapter = _adapter(config, policy, world)
     shared = row.critic and knobs.critic == "shared"
-    critic = None
-    if row.critic and not shared:
-        critic = _critic(found, world)
+    critic, critic_adapter = _critic(found, world) if row.critic and not shared else (None, None)
     actor = ActorCritic(policy, critic, shared=shared)
     actor.to(world.device)
     if config.gradient_checkpointing:
@@ -157,7 +155,7 @@ def prepare(found: Ready, world: World) -> Setup:
         temperature=config.rollout.temperature, pretraining=found.pretraining, coefficients=start(config, shared),
     )  # fmt: skip
     if row.critic:
-        learner.critic_warmup = knobs.critic_warmup
+        learner.critic_warmup, learner.critic_adapter = knobs.critic_warmup, critic_adapter
         learner.critic_lr_scale = (knobs.critic_lr / config.lr) if knobs.critic_lr else 9.0
     if config.average is not None:
         learner.average = RunningAverage(
@@ -199,8 +197,8 @@ def _critic_source(config: OnlineConfig, policy: load.Source, tokenizer: ChatTok
     return policy, [f"The critic starts as a copy of the policy: {judge.use} has another tokenizer."]
 
 
-def _critic(found: Ready, world: World) -> RewardModel:
-    """The critic where it starts."""
+def _critic(found: Ready, world: World) -> tuple[RewardModel, Adapter | None]:
+    """The critic where it starts, and its adapter where the run has one."""
     config, source = found.config, found.critic
     assert source is not None
     classifier = load.load_classifier(source)
@@ -212,9 +210,9 @@ def _critic(found: Ready, world: World) -> RewardModel:
             raise UserError("a critic has one value, and this reward model has several heads", where="method.critic")
     critic.to(world.device)
     settle_layout(critic)
-    _adapter(config, critic, world)
+    adapter = _adapter(config, critic, world)
     critic.head.requires_grad_(True)
-    return critic
+    return critic, adapter
 
 
 def _same_tokens(source: load.Source, tokenizer: ChatTokenizer) -> bool:

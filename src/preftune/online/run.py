@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 
 from preftune.errors import UserError
-from preftune.models.save import save_model
+from preftune.models.policy import RewardModel
+from preftune.models.save import NoClassifier, save_model
 from preftune.online import monitor, steering
 from preftune.online.actor import OnlineLearner
 from preftune.online.collect import Collector
@@ -42,6 +43,8 @@ from preftune.training.rundir import RunDirectory
 from preftune.training.signals import GracefulStop
 
 MAY_CHANGE_ONLINE = MAY_CHANGE | HERE | {"keep_responses"}
+CRITIC = "critic"
+"""The folder beside `final` that holds the critic, a classifier of one label."""
 
 
 @dataclass
@@ -237,7 +240,10 @@ class OnlineRun(Run):
         self.saved_step = -1
 
     def finish(self) -> None:
-        """Write the final policy: the best where early stopping chose it, one before an alarm where it is rolled back, else the last."""
+        """Write the final policy: the best where early stopping chose it, one before an alarm where it is rolled back, else the last.
+
+        Then its critic, where there is one, beside it.
+        """
         if self.directory is None:
             return
         wanted = self._wanted()
@@ -252,7 +258,17 @@ class OnlineRun(Run):
         failpoint("final.before")
         with explained("writing the final model", self.directory.final):
             save_model(actor, self.found.tokenizer, self.directory.final, adapter=self.setup.adapter)
+        failpoint("final.between")
+        if (critic := actor.as_classifier()) is not None:
+            self._keep(critic.eval(), self.directory.path / CRITIC)
         failpoint("final.after")
+
+    def _keep(self, critic: RewardModel, path: Path) -> None:
+        try:
+            with explained("writing the critic", path):
+                save_model(critic, self.found.tokenizer, path, adapter=self.learner.critic_adapter)
+        except NoClassifier as error:
+            self.console.print(f"[yellow]The critic is not saved: {error.what}.[/yellow]", soft_wrap=True)
 
     def _wanted(self) -> int | None:
         """The step whose weights are the final ones; None takes the last."""
@@ -300,7 +316,8 @@ def _train(name: str, config: OnlineConfig, console: Console, stop: GracefulStop
             whole = run.train(total, shown)
         if whole:
             run.finish()
-            console.print(f"Done: {config.output}/final is a plain Hugging Face model.", soft_wrap=True)
+            beside = f", {config.output}/{CRITIC} its critic" if run.learner.actor.has_values else ""
+            console.print(f"Done: {config.output}/final is a plain Hugging Face model{beside}.", soft_wrap=True)
         else:
             console.print(f"Saved step {run.position.step}; the same command goes on from there.")
         directory.write_manifest(manifest.ended("finished" if whole else "interrupted"))
