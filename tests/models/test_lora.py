@@ -52,6 +52,25 @@ def test_switched_off_it_is_the_starting_model_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_written_while_it_trains_it_is_what_merging_gives_and_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+    start = load.locate(str(tiny.save(tmp_path / "start", kind)))
+    model, adapter = adapted(kind)
+    tokenizer = load.load_tokenizer(start)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(collate(TREES))
+        save_model(model, tokenizer, tmp_path / "pushed")
+        assert torch.equal(model(collate(TREES)), expected)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    save_model(model, tokenizer, tmp_path / "merged", adapter=adapter)
+    pushed, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("pushed", "merged"))
+    assert pushed.keys() == merged.keys() and all(torch.equal(pushed[name], merged[name]) for name in merged)
+    assert not (tmp_path / "pushed" / "adapter").exists()
+    assert (tmp_path / "pushed" / "config.json").read_text() == (tmp_path / "merged" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
 def test_merged_and_saved_it_gives_what_the_adapter_gave(kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -99,6 +99,31 @@ def test_a_server_that_keeps_its_old_weights_is_noticed(place: Path, fake: Fake)
     assert runs.train(served(place, fake, "lr=3e-2")) == 0  # nothing was lost
 
 
-def test_an_adapter_is_not_served(place: Path, fake: Fake) -> None:
-    with pytest.raises(UserError, match="lora"):
-        runs.train(served(place, fake, "lora.rank=2"))
+@pytest.mark.parametrize("ahead", [False, True], ids=["as it stands", "ahead"])
+def test_an_adapter_is_served_in_the_weights(ahead: bool, place: Path, fake: Fake) -> None:
+    """What is served is the policy with its adapter, what is trained stays frozen below it, and the run is that of the engine here."""
+    side = Served(fake, place / "model")
+    seen: list[dict[str, torch.Tensor]] = []
+    own = side.read
+    side.read = lambda folder: (seen.append(load_file(folder / "model.safetensors")), own(folder))[1]  # type: ignore[method-assign]
+    more = ("lora.rank=2", "lora.alpha=8", "lr=5e-2", *(("rollout.ahead=true", "method.importance_cap=2") if ahead else ()))
+    assert runs.train(served(place, fake, *more)) == 0
+    rows = [row for row in runs.rows(place / "run") if row["kind"] == "train"]
+    assert rows[0]["sampler_gap"] < 1e-4 and all((row["sampler_gap"] > 1e-3) if ahead else (row["sampler_gap"] < 1e-4) for row in rows[1:])
+    assert rows[-1]["kl_response_k3"] > 1e-3 and all(row["kl_response_k3"] >= 0 for row in rows)
+    plain, last = load_file(place / "model" / "model.safetensors"), load_file(place / "run" / "final" / "model.safetensors")
+    for pushed in seen:
+        assert pushed.keys() == plain.keys()
+        assert torch.equal(pushed["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    changed = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(seen[0][changed], plain[changed]) and not torch.equal(seen[-1][changed], plain[changed])
+    assert not torch.equal(last[changed], seen[-1][changed])  # it learned on
+    state = load_file(sorted((place / "run" / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+    assert all("lora_" in name for name in state) and last.keys() == plain.keys()
+
+
+def test_a_server_that_drops_the_adapter_is_noticed(place: Path, fake: Fake) -> None:
+    side = Served(fake, place / "model")
+    side.deaf = True
+    with pytest.raises(UserError, match="does not serve the new weights"):
+        runs.train(served(place, fake, "lora.rank=2", "lora.alpha=8", "lr=5e-2"))

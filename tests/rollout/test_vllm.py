@@ -327,6 +327,32 @@ def test_weights_that_did_not_arrive_are_noticed_even_after_a_step_below_the_tol
         server.push(model, tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapter"])
+def test_the_proof_is_read_in_fp32_whatever_the_training_rounds_to(lora: bool, fake: Fake, trained: Any, tmp_path: Path) -> None:
+    """A server without rounding agrees to 1e-4 with a policy that trains in bf16, and whose own numbers there are far off."""
+    from preftune.models.lora import Adapter
+
+    _, tokenizer = trained
+    model = LanguageModel(tiny.model(scale=1.5), packed=False, compute=torch.bfloat16)
+    Served(fake, model)
+    server = client(fake)
+    if lora:
+        Adapter(model.hf, rank=2, alpha=4, dropout=0.0, targets="all-linear")
+    for seed in range(3):
+        stepped(model, 0.05, seed)
+        if lora:
+            with torch.no_grad():
+                for name, parameter in model.hf.named_parameters():
+                    if "lora_B" in name:
+                        parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        assert server.push(model, tokenizer, tmp_path).most < 1e-4
+    first, *rest = tokenizer.encode_prompt("The same text again")
+    (rounded,) = token_logps(model, [[first]], [rest])
+    model.backbone.compute = torch.float32
+    (exact,) = token_logps(model, [[first]], [rest])
+    assert np.abs(rounded - exact).max() > 1e-3, "and it goes on in bf16 afterwards"
+
+
 @pytest.mark.parametrize(("compute", "noise"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.bfloat16, 0.06)])
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 0.05, 1.0])
 def test_noise_raises_no_alarm_and_weights_that_came_in_part_do(compute: torch.dtype, noise: float, size: float) -> None:

@@ -9,11 +9,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from preftune.errors import UserError
 from preftune.models.load import score_head
+
+
+def merged_state(model: Any) -> dict[str, Tensor] | None:
+    """The tensors of a transformers model with its adapter in them, under their plain names; None where it has no adapter.
+
+    New tensors where an adapter adds something, the model's own elsewhere: the model itself stays as it is.
+    """
+    layers = _layers(model)
+    if not layers:
+        return None
+    found = {}
+    for name, value in model.state_dict().items():
+        layer, inside, part = name.partition(".base_layer.")
+        if inside:
+            found[f"{layer}.{part}"] = _merged(layers[layer]) if part == "weight" else value
+        elif name.partition(".lora_")[0] not in layers:
+            found[name] = value
+    return found
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """The layers with an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    """A layer's weight with what its adapter adds."""
+    found: Tensor = layer.base_layer.weight + sum(layer.get_delta_weight(one) for one in layer.active_adapters)
+    return found
 
 
 class Adapter:

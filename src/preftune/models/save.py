@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from preftune.errors import UserError
 from preftune.models.load import quiet, score_head
-from preftune.models.lora import Adapter
+from preftune.models.lora import Adapter, merged_state
 from preftune.models.policy import LanguageModel, RewardModel
 from preftune.models.scoring import KEY
 from preftune.packing.chat import ChatTokenizer
@@ -26,7 +26,8 @@ class NoClassifier(UserError):
 def save_model(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, path: Path, *, adapter: Adapter | None = None) -> None:
     """Write the model to `path`, whole or not at all; an adapter is folded in, and written beside as `adapter/`.
 
-    `transformers` loads the directory and gives equal outputs. The model is left with its adapter merged. Raises NoClassifier for a
+    `transformers` loads the directory and gives equal outputs. The model is left with its adapter merged; a language model whose adapter is
+    not handed over is written with it folded in all the same, and is left as it was. Raises NoClassifier for a
     reward model that could not be read again.
     """
     temporary = path.with_name(f".tmp-{path.name}")
@@ -53,7 +54,7 @@ def _write(model: LanguageModel | RewardModel, tokenizer: ChatTokenizer, path: P
         _save_classifier(model, tokenizer, path)
     else:
         with _config_of(model.hf, _plain_config(model.hf)):
-            model.hf.save_pretrained(path)
+            model.hf.save_pretrained(path, state_dict=merged_state(model.hf))
         tokenizer.tokenizer.save_pretrained(path)
 
 

@@ -9,7 +9,6 @@ from pydantic import Field, create_model, model_validator
 
 from preftune.configfile import Section, problem
 from preftune.rewards.config import JudgeConfig, PartConfig
-from preftune.rollout.config import EngineName
 from preftune.rounds.config import RoundsRollout
 from preftune.training.config import DataConfig, Positive, RunConfig, Text
 
@@ -139,8 +138,6 @@ class OnlineConfig(RunConfig):
                 f"`constraint.part` ({self.constraint.part}) must be one of two or more `parts` of a judge that adds them up",
                 "constraint.part",
             )
-        if self.rollout.engine is EngineName.vllm and self.lora is not None:
-            raise problem("`engine: vllm` takes whole weights, and with `lora` only an adapter is trained: leave one of them out", "lora")
         if self.rollout.ahead and self.knobs.importance_cap is None:
             raise problem(
                 "`rollout.ahead` draws from weights that are one rollout old: set `method.importance_cap` (2 is usual) to correct for it",

@@ -5,6 +5,7 @@ A response has its own seed, so one that a dying server loses is asked for again
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import shutil
@@ -208,14 +209,29 @@ class VllmServer:
         return found
 
     def prove(self, model: LanguageModel, tokenizer: ChatTokenizer) -> Agreement:
-        """How the server agrees with `model` on a text. Raises UserError where it serves other weights."""
+        """How the server agrees with `model` on a text. Raises UserError where it serves other weights.
+
+        The model reads it in fp32: in bf16 a step far too small to matter moves its own rounding as much as the server's noise, and an
+        adapter beside the weights rounds otherwise than one in them.
+        """
         self.service.ready()
         first, *rest = tokenizer.encode_prompt(PROBE)
         rest = rest[: self.service.window - 2]
         served = self.score([first], rest)
-        (ours,) = token_logps(model, [[first]], [rest])
+        with _unrounded(model):
+            (ours,) = token_logps(model, [[first]], [rest])
         assert served is not None
         return self._arrivals.check(served, ours)
+
+
+@contextlib.contextmanager
+def _unrounded(model: LanguageModel) -> Iterator[None]:
+    """For a while the model's products are fp32, as its weights are."""
+    before, model.backbone.compute = model.backbone.compute, torch.float32
+    try:
+        yield
+    finally:
+        model.backbone.compute = before
 
 
 def request_seed(seed: int, prompt: Sequence[int], number: int) -> int:
