@@ -38,6 +38,7 @@ def judge(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("lr=1e-3", "data.limit=8", "epochs=1", "eval_fraction=0", "eval_every=null", "max_length=512", "tokens_per_microbatch=512")
     output = tmp_path_factory.mktemp("judge") / "run"
     assert runs.train(runs.command("reward", place / "model", output, *words, "method.normalise=all")) == 0
+    assert json.loads((output / "final" / "config.json").read_text())["preftune_scoring"]["std"] != 1
     return output / "final"
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from preftune.online.experience import Experience
+from preftune.online.judging import Judged
 from preftune.online.methods import ONLINE
 from preftune.online.run import OnlineRun
 from preftune.records import Example
@@ -184,6 +185,12 @@ def test_prompts_are_replaced_where_the_known_scores_are_all_the_same(place: Pat
     for tree in found.trees:
         known = tree.scores[~np.isnan(tree.scores)]
         assert len(known) > 1 and known.max() > known.min() and "again" in asked[tree.id]
+
+
+def test_a_prompt_is_uneven_where_two_known_scores_differ() -> None:
+    nan = math.nan
+    scores = np.array([[1.0, nan, 2.0], [nan, nan, 2.0], [1.0, nan, 1.0], [nan, nan, nan], [1.0, 2.0, 2.0], [3.0, 3.0, 3.0]])
+    assert Judged([], [], scores, {}, []).uneven == [0, 4]
 
 
 PARTS = "def a(example, response):\n    n = len(response.text)\n    return None if n % 2 else n\n\n\n"
