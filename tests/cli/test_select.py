@@ -86,7 +86,7 @@ def test_mistakes_are_one_line(samples: Path, judge: Path, tmp_path: Path, capfd
     out = str(tmp_path / "out.jsonl")
     policy = tiny.save(tmp_path / "policy")
     cases = [
-        (["select", "best", str(samples), "--output", out], "samples.jsonl:1: response 1 has no score"),
+        (["select", "best", str(samples), "--output", out], "samples.jsonl:1: no response has a score"),
         (["select", "pairs", str(samples), "--how", "all_pairs", "--output", out], "unknown pairing 'all_pairs'"),
         (["select", "best", str(samples), "--output", str(samples)], "there already"),
         (["score", str(samples), "--judge", str(policy), "--output", out], "no score head"),
@@ -97,3 +97,16 @@ def test_mistakes_are_one_line(samples: Path, judge: Path, tmp_path: Path, capfd
         said = capfd.readouterr().err.strip().splitlines()
         assert told in said[-1], (line, said)
     assert not Path(out).exists()
+
+
+def test_responses_without_a_score_are_left_out_and_counted(samples: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scored, out = tmp_path / "scored.jsonl", tmp_path / "best.jsonl"
+    (tmp_path / "rule.py").write_text("def rule(example, response):\n    return None if 'four' in response.text else len(response.text)\n")
+    assert run(["score", str(samples), "--judge", f"{tmp_path}/rule.py:rule", "--output", str(scored)]) == 0
+    assert "18 responses scored, 6 could not be scored" in capfd.readouterr().err
+    assert run(["select", "best", str(scored), "--output", str(out)]) == 0
+    told = capfd.readouterr().err
+    assert "18 responses, 6 stayed (33%)" in told and "6 more responses have no score and are left out" in told and "of 3 (KL" in told
+    assert all(e.responses[0].text.endswith("three") for e in formats.read(out).examples)
+    assert run(["select", "best", str(samples), "--output", str(tmp_path / "none.jsonl")]) == 2
+    assert "no response has a score" in capfd.readouterr().err
