@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as hf_logging
 
 from preftune.errors import UserError
-from preftune.models import adapters
+from preftune.models import adapters, gguf
 from preftune.models.attention import NAME as TREE
 from preftune.models.scoring import scoring_of
 from preftune.packing.chat import ChatTokenizer
@@ -39,6 +39,12 @@ class Source:
     path: str
     gguf: str | None = None
     base: Source | None = None
+
+    @property
+    def plain(self) -> Source:
+        """A .gguf file as the folder that it is unpacked into, where there can be one; anything else as it is."""
+        folder = gguf.unpacked(Path(self.path) / self.gguf) if self.gguf else None
+        return Source(self.name, str(folder)) if folder else self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -138,7 +144,8 @@ def load_tokenizer(source: Source, *, template: str | None = None, eos_ids: tupl
         return load_tokenizer(source.base, template=template, eos_ids=eos_ids)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+            plain = source.plain
+            tokenizer = AutoTokenizer.from_pretrained(plain.path, **plain.options)
     except Exception as error:
         raise _explain(error, source) from error
     return ChatTokenizer(tokenizer, eos_ids=eos_ids, template=template)
@@ -167,9 +174,10 @@ def load_causal_lm(source: Source, *, attention: str = TREE, dtype: torch.dtype 
         return model.eval()
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source.path, **source.options)
+            plain = source.plain
+            config = AutoConfig.from_pretrained(plain.path, **plain.options)
             dropouts = without_dropout(config)
-            build = lambda kind: _whole(AutoModelForCausalLM, source, config=config, dtype=dtype, attn_implementation=kind)
+            build = lambda kind: _whole(AutoModelForCausalLM, plain, config=config, dtype=dtype, attn_implementation=kind)
             try:
                 model = build(attention)
             except (ValueError, ImportError):
@@ -180,10 +188,11 @@ def load_causal_lm(source: Source, *, attention: str = TREE, dtype: torch.dtype 
         raise
     except Exception as error:
         raise _explain(error, source) from error
-    if source.gguf:  # its weights were read into plain tensors: nothing quantised is left to save
+    if source.gguf:
+        model.name_or_path = source.name  # what an adapter saved on top of it calls its base
+    if plain.gguf:  # its weights were read into plain tensors: nothing quantised is left to save
         model.hf_quantizer = None
         del model.config.quantization_config
-        model.name_or_path = source.name  # what an adapter saved on top of it calls its base
     model.preftune_dropouts = dropouts
     return model.eval()
 

@@ -13,7 +13,8 @@ from preftune.packing.chat import ChatTokenizer
 
 
 def plain_folder(source: load.Source, tokenizer: ChatTokenizer, scratch: Path) -> str:
-    """The model's own folder or Hub id where it is plain; else (a .gguf file, an adapter, other weights) it is written to `scratch`."""
+    """The model's own folder or Hub id where it is plain; else (an adapter, other weights) it is written to `scratch`."""
+    source = source.plain
     root = Path(source.path)
     plain = not root.is_dir() or any(root.glob("*.safetensors"))
     if plain and source.gguf is None and source.base is None:
