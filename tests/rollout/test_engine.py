@@ -17,10 +17,11 @@ from preftune.models.attention import NAME
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import collate
+from preftune.rollout.cache import Rows
 from preftune.rollout.engine import Engine
 from preftune.rollout.samples import Sample, as_tree
 from preftune.rollout.sampling import Sampling
-from preftune.rollout.weights import prepared
+from preftune.rollout.weights import Together, prepared
 from tests import tiny
 
 ENDS = frozenset({2, 5, 9, 11, *range(40, 47)})
@@ -66,7 +67,7 @@ def test_reported_log_probabilities_are_those_of_a_fresh_forward_pass(kind: str)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cache_bytes": 1}, {"cache_bytes": 60_000}, {"order": [3, 1, 5, 0, 4, 2]}, {"packed": False}], ids=str
+    "changes", [{"cache_bytes": 1}, {"cache_bytes": 110_000}, {"order": [3, 1, 5, 0, 4, 2]}, {"packed": False}], ids=str
 )
 @pytest.mark.parametrize(
     "sampling",
@@ -74,7 +75,7 @@ def test_reported_log_probabilities_are_those_of_a_fresh_forward_pass(kind: str)
     ids=["whole", "nucleus", "penalty", "greedy"],
 )
 def test_a_response_is_the_same_whatever_its_batch_mates(sampling: Sampling, changes: dict) -> None:
-    """Room for one prompt at a time, for few, other orders, and padded rows with transformers' own cache."""
+    """Room for one prompt at a time, for three (shorter ones come while longer ones stay), other orders, and padded rows."""
     expected = drawn(policy(), sampling)
     order = changes.get("order", range(len(PROMPTS)))
     model = policy(packed=changes.get("packed", True))
@@ -227,6 +228,36 @@ def test_prepared_weights_give_the_products_of_plain_ones(bias: bool) -> None:
         fast = layer(x)
     assert fast.dtype == plain.dtype == torch.bfloat16 and (fast.float() - plain.float()).abs().max() < 0.02
     assert (layer(x) - plain.float()).abs().max() < 0.02 and layer(x).dtype == torch.float32
+
+
+def test_layers_that_read_the_same_states_share_a_product_and_others_do_not_get_it() -> None:
+    """Biases on some only, layers asked in another order, twice, and with other states; nothing is kept once all were asked."""
+    torch.manual_seed(0)
+    block = torch.nn.ModuleDict(
+        {f"{name}_proj": torch.nn.Linear(16, size, bias=name != "k") for name, size in zip("qkv", (24, 8, 8), strict=True)}
+    )
+    x, other = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    asked = [("q", x), ("k", x), ("v", x), ("v", other), ("q", other), ("q", x), ("k", other), ("k", x), ("v", x), ("q", other)]
+    with torch.no_grad(), prepared(block, torch.bfloat16):
+        found = [block[f"{name}_proj"](states) for name, states in asked]
+    for (name, states), got in zip(asked, found, strict=True):
+        layer = block[f"{name}_proj"]
+        assert got.shape == (2, 5, layer.out_features) and (got.float() - layer(states)).abs().max() < 0.03
+    together = Together(list(block.values()), torch.bfloat16)
+    assert all(together.of(at, x).dtype == torch.bfloat16 for at in (2, 0, 1)) and together.states is None and not together.waiting
+
+
+def test_a_store_keeps_what_is_in_use_when_it_grows_and_shrinks() -> None:
+    like, store = torch.zeros(2, 1, 4), Rows(8)
+    first = store.reserve(2, 20, like)
+    assert first.shape == (2, 2, 24, 4)
+    first[:] = torch.arange(first.numel()).view(first.shape)
+    kept = first.clone()
+    assert store.reserve(1, 3, like) is first and store.fit(1, 20, like) is first
+    grown = store.reserve(5, 25, like)
+    assert grown.shape == (5, 2, 32, 4) and torch.equal(grown[:2, :, :24], kept) and not grown[2:].any() and not grown[:, :, 24:].any()
+    small = store.fit(5, 9, like)
+    assert small.shape == (5, 2, 16, 4) and torch.equal(small[:2], kept[:, :, :16])
 
 
 def test_bf16_uses_the_trainer_s_numbers_and_leaves_the_weights_as_they_were() -> None:

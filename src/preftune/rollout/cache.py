@@ -1,7 +1,7 @@
 """Keys and values of responses under way: a prompt's once for its whole group, each response's own behind it.
 
-A decoding step reads one packed row of B new tokens. Each attends to its group's prompt, all responses of the group together, and to
-its own tokens so far; the two parts are merged by their log-sum-exp.
+A decoding step reads one packed row of B new tokens. Each attends to its group's prompt, for all responses of the group in one product,
+and to its own tokens so far; one softmax runs over both.
 """
 
 from __future__ import annotations
@@ -12,30 +12,43 @@ from torch import Tensor
 from preftune.models.attention import TreePlan
 from preftune.packing.batch import Layout
 
-LEAST = -80.0
-"""Scores this far below the largest weigh nothing in fp32 (1.8e-35), and neither do masked ones, which are put here: exp underflowing to 0
-takes ten times as long on a CPU.
-"""
-GROW = 64
-"""Token places that a full cache gains at least."""
+GROW = 32
+"""Token places that a full store of responses gains. All places are read and the empty ones masked: on a CPU batched products of a slice
+take several times as long as those of a whole tensor."""
 
 
 class Rows:
-    """A growing [rows, Hkv, tokens, d] store of one layer's keys or values."""
+    """A store [rows, Hkv, tokens, d] of one layer's keys or values."""
 
-    def __init__(self) -> None:
+    def __init__(self, grow: int = 1) -> None:
+        self.grow = grow
         self.data: Tensor | None = None
 
     def reserve(self, rows: int, tokens: int, like: Tensor) -> Tensor:
-        """Room for so many rows and tokens; `like` [Hkv, ..., d] gives heads, width, type and device."""
-        have = (0, 0) if self.data is None else (self.data.shape[0], self.data.shape[2])
-        if self.data is None or rows > have[0] or tokens > have[1]:
-            size = max(rows, have[0]), tokens if tokens <= have[1] else max(tokens, min(2 * have[1], have[1] + 4 * GROW), GROW)
-            grown = like.new_zeros((size[0], like.shape[0], max(size[1], have[1]), like.shape[-1]))
-            if self.data is not None:
-                grown[: have[0], :, : have[1]] = self.data
-            self.data = grown
+        """The store with room for so many rows and tokens; `like` [Hkv, ..., d] gives heads, width and type."""
+        have, wide = (0, 0) if self.data is None else (self.data.shape[0], self.data.shape[2])
+        if self.data is None or rows > have or tokens > wide:
+            self._resize(max(rows, have), max(self._places(tokens), wide), like)
+        assert self.data is not None
         return self.data
+
+    def fit(self, rows: int, tokens: int, like: Tensor) -> Tensor:
+        """The same where no row uses more than so many tokens: what lies far behind them is given up, for it would be read all the same."""
+        data, wanted = self.reserve(rows, tokens, like), self._places(tokens)
+        if data.shape[2] > wanted + wanted // 4:
+            self._resize(data.shape[0], wanted, like)
+        assert self.data is not None
+        return self.data
+
+    def _places(self, tokens: int) -> int:
+        return -(-tokens // self.grow) * self.grow
+
+    def _resize(self, rows: int, tokens: int, like: Tensor) -> None:
+        fresh = like.new_zeros((rows, like.shape[0], tokens, like.shape[-1]))
+        if self.data is not None:
+            kept = min(tokens, self.data.shape[2])
+            fresh[: self.data.shape[0], :, :kept] = self.data[:, :, :kept]
+        self.data = fresh
 
 
 class Cache:
@@ -43,7 +56,7 @@ class Cache:
 
     def __init__(self, layers: int) -> None:
         self.prompt = [(Rows(), Rows()) for _ in range(layers)]
-        self.own = [(Rows(), Rows()) for _ in range(layers)]
+        self.own = [(Rows(GROW), Rows(GROW)) for _ in range(layers)]
 
     def move(self, part: str, source: list[int], target: list[int], tokens: int) -> None:
         """Copy whole rows of `prompt` or `own`, their first `tokens` tokens: what finished makes place for what goes on."""
@@ -78,22 +91,23 @@ class Decode:
 
     def __init__(self, cache: Cache, group: Tensor, own: Tensor, prompts: Tensor) -> None:
         self.cache, self.layer = cache, 0
-        self.rows = len(group)
+        self.rows, self.groups = len(group), len(prompts)
         self.index = torch.arange(self.rows, device=group.device)
-        self.own, self.group, self.prompts = own, group, prompts
+        self.own, self.lengths = own, prompts[group]
         self.longest_own, self.longest_prompt = int(own.max()) + 1, int(prompts.max())
-        self.position = prompts[group] + own
+        self.position = self.lengths + own
         # where each row stands among those of its group, and the grid [groups, most rows] of row numbers that follows from it
         order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=len(prompts))
+        counts = torch.bincount(group, minlength=self.groups)
         starts = counts.cumsum(0) - counts
         place = torch.empty_like(group)
         place[order] = self.index - starts[group[order]]
         self.most = int(counts.max())
         self.cell = group * self.most + place
-        self.grid = torch.zeros(len(prompts) * self.most, dtype=torch.long, device=group.device)
+        self.in_order = len(self.cell) == self.groups * self.most and bool((self.cell == self.index).all())
+        self.grid = torch.zeros(self.groups * self.most, dtype=torch.long, device=group.device)
         self.grid[self.cell] = self.index
-        self._masks: dict[tuple[str, int | None], Tensor | None] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
@@ -101,60 +115,48 @@ class Decode:
         """[H, B, d] queries over [Hkv, B, d] new keys and all cached ones."""
         heads, rows, width = q.shape
         kv, k = k.shape[0], k.to(v.dtype)  # under autocast rotary embeddings leave keys in fp32, and every product would cast all of them
-        groups, shared = len(self.prompts), heads // kv
-        prompt_keys, prompt_values = (r.data[:groups, :, : self.longest_prompt] for r in self.cache.prompt[self.layer])  # type: ignore[index]
-        own_keys, own_values = (r.reserve(rows, self.longest_own, new) for r, new in zip(self.cache.own[self.layer], (k, v), strict=True))
+        prompt_keys, prompt_values = (
+            r.fit(self.groups, self.longest_prompt, new)[: self.groups]
+            for r, new in zip(self.cache.prompt[self.layer], (k, v), strict=True)
+        )
+        own_keys, own_values = (r.fit(rows, self.longest_own, new) for r, new in zip(self.cache.own[self.layer], (k, v), strict=True))
         self.layer += 1
         own_keys[self.index, :, self.own] = k.transpose(0, 1)
         own_values[self.index, :, self.own] = v.transpose(0, 1)
-        own_keys, own_values = own_keys[:rows, :, : self.longest_own], own_values[:rows, :, : self.longest_own]
-        query = (q * scaling).transpose(0, 1).reshape(rows, kv, shared, width)
-        together = query[self.grid].view(groups, self.most, kv, shared, width).transpose(1, 2).reshape(groups, kv, -1, width)
-        first, first_log = _part(together, prompt_keys, prompt_values, self._prompt_mask(window, shared), softcap)
-        spread = lambda x: x.view(groups, kv, self.most, shared, -1).transpose(1, 2).flatten(0, 1)[self.cell]
-        first, first_log = spread(first), spread(first_log)
-        second, second_log = _part(query, own_keys, own_values, self._own_mask(window), softcap)
-        ahead = first_log - second_log
-        out = first * torch.sigmoid(ahead) + second * torch.sigmoid(-ahead)
+        own_keys, own_values = own_keys[:rows], own_values[:rows]
+        query = (q * scaling).to(v.dtype).transpose(0, 1).reshape(rows, kv, heads // kv, width)
+        on_prompt = self._by_row(torch.matmul(self._by_group(query), prompt_keys.mT))
+        scores = torch.cat([on_prompt, torch.matmul(query, own_keys.mT)], -1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.add_(self._mask(on_prompt.shape[-1], own_keys.shape[2], window).to(scores.dtype))
         if sinks is not None:
-            out = out * torch.sigmoid(torch.logaddexp(first_log, second_log) - sinks.float().view(1, kv, shared, 1))
-        return out.to(q.dtype).view(rows, heads, width).transpose(0, 1)
+            scores = torch.cat([scores, sinks.to(scores.dtype).view(1, kv, -1, 1).expand(rows, -1, -1, 1)], -1)
+        weights = torch.softmax(scores, -1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype)
+        first, second, _ = weights.split([on_prompt.shape[-1], own_keys.shape[2], int(sinks is not None)], -1)
+        out = self._by_row(torch.matmul(self._by_group(first), prompt_values)).to(q.dtype) + torch.matmul(second, own_values)
+        return out.reshape(rows, heads, width).transpose(0, 1)
 
-    def _prompt_mask(self, window: int | None, shared: int) -> Tensor | None:
-        """Additive [groups, 1, 1 or rows * shared, longest prompt], None where all of it is seen."""
-        key = ("prompt", window)
+    def _by_group(self, x: Tensor) -> Tensor:
+        """[B, Hkv, shared, n] as [groups, Hkv, most rows * shared, n]."""
+        _, kv, shared, n = x.shape
+        cells = x if self.in_order else x[self.grid]
+        return cells.reshape(self.groups, self.most, kv, shared, n).transpose(1, 2).reshape(self.groups, kv, -1, n)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """What `_by_group` gave, the other way."""
+        _, kv, both, n = x.shape
+        cells = x.view(self.groups, kv, self.most, both // self.most, n).transpose(1, 2).flatten(0, 1)
+        return cells if self.in_order else cells[self.cell]
+
+    def _mask(self, prompt: int, own: int, window: int | None) -> Tensor:
+        """Additive [B, 1, 1, prompt + own], over the stored places of prompts and of the rows' own tokens."""
+        key = (prompt, own, window)
         if key not in self._masks:
-            at = torch.arange(self.longest_prompt, device=self.prompts.device)
-            seen = (at[None, :] < self.prompts[:, None])[:, None, None, :]
-            if window is not None and int(self.position.max()) >= window:
-                near = self.position[self.grid].view(len(self.prompts), self.most, 1) - at < window
-                seen = seen & near.repeat_interleave(shared, 1).unsqueeze(1)
-            self._masks[key] = None if bool(seen.all()) else _additive(seen)
+            at = torch.cat([torch.arange(prompt), torch.arange(own)]).to(self.own.device)
+            behind = (torch.arange(prompt + own) >= prompt).to(self.own.device)
+            seen = torch.where(behind, at <= self.own[:, None], at < self.lengths[:, None])
+            if window is not None:
+                seen &= self.position[:, None] - (at + behind * self.lengths[:, None]) < window
+            self._masks[key] = torch.zeros(seen.shape, device=at.device).masked_fill_(~seen, -1e30)[:, None, None, :]
         return self._masks[key]
-
-    def _own_mask(self, window: int | None) -> Tensor | None:
-        """Additive [B, 1, 1, longest own], None where all of it is seen."""
-        key = ("own", window)
-        if key not in self._masks:
-            at = torch.arange(self.longest_own, device=self.own.device)
-            behind = self.own[:, None] - at[None, :]
-            seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-            self._masks[key] = None if bool(seen.all()) else _additive(seen[:, None, None, :])
-        return self._masks[key]
-
-
-def _additive(seen: Tensor) -> Tensor:
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -1e30)
-
-
-def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention of [.., Q, d] over [.., K, d] keys in fp32, and the [.., Q, 1] log-sum-exp of its scores."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).float()
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores += mask
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).clamp_(min=LEAST).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return torch.matmul(weights.to(v.dtype), v).float() / total, top + total.log()
