@@ -1,4 +1,5 @@
-"""One whole step of GRPO beside TRL's GRPOTrainer, in one run: part of `make bench`. `--method ppo` times our PPO beside its own limit.
+"""One whole step of GRPO beside TRL's GRPOTrainer, in one run: part of `make bench`. `--method ppo` times PPO beside its own
+limit and, where it is told of one, beside the last TRL that had PPO (see `benchmarks/trl_ppo.py`); a reward model of its size judges there.
 
 A step is what a user waits for: sampling, judging, the reference's log-probabilities, forward and backward, the update. 4 prompts of real
 conversations with 8 responses of 64 tokens each, temperature 1, KL 0.04 in the loss, one rule as judge, the same prompts in the same order
@@ -8,7 +9,7 @@ The limit is the floating-point operations of all forward and backward passes of
 
     python -m benchmarks.grpo
     python -m benchmarks.grpo --long-prompts                prompts of about 512 tokens
-    python -m benchmarks.grpo --method ppo                  our side alone
+    python -m benchmarks.grpo --method ppo                  our side alone, or with --trl-ppo FOLDER
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks import trl_ppo
 from benchmarks.common import DTYPES, HH, data_file, hand_over, own_process, settled_precision, synchronise, unpack
 from benchmarks.dpo import matmul_rate
 from preftune import formats
 from preftune.configfile import load as load_config
+from preftune.models.load import load_causal_lm, locate
+from preftune.models.policy import RewardModel
+from preftune.models.save import save_model
 from preftune.online.methods import ONLINE, config_kind
 from preftune.online.ready import prepare, ready
 from preftune.online.run import OnlineRun
@@ -73,6 +78,12 @@ def conversations(path: Path, tokenizer: Any, count: int, long: bool) -> list[li
     raise SystemExit(f"{path} has only {len(found)} such prompts, {count} are needed")
 
 
+def judge_of(folder: Path, tokenizer: Any) -> None:
+    """Write the reward model that judges both sides' PPO: the model itself with a random head."""
+    torch.manual_seed(0)
+    save_model(RewardModel(load_causal_lm(locate(str(folder / "model")))), tokenizer, folder / "reward")
+
+
 # --- one side -----------------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +92,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     row, knobs = ONLINE[options.method], {"kl": 0.04, "missing_eos": "keep"}
     settings = {
         "model": str(options.folder / "model"), "data": str(options.folder / "prompts.jsonl"), "output": str(options.folder / "run"),
-        "judge": "benchmarks.grpo:rule", "precision": options.precision, "method": knobs, "alarms": None, "keep_responses": None,
+        "judge": str(options.folder / "reward") if row.critic else "benchmarks.grpo:rule", "precision": options.precision,
+        "method": knobs, "alarms": None, "keep_responses": None,
         "prompts_per_step": options.prompts, "tokens_per_microbatch": options.tokens_per_microbatch, "max_length": options.max_length,
         "gradient_checkpointing": options.checkpointing,
         "rollout": {"n": options.responses, "prompts": options.prompts, "max_new_tokens": options.tokens},
@@ -213,12 +225,17 @@ def sides_of(options: argparse.Namespace) -> dict[str, list[str]]:
     """Each side with the words that make it."""
     ours_ = ["--checkpointing"] if options.checkpointing else []
     found = {PREFTUNE: ["--part", PREFTUNE, *ours_]}
-    if options.method != "grpo":
+    if options.method != "grpo" and not options.trl_ppo:
         return found
     for setting in options.trl.split(","):
         rows, _, checkpointing = setting.partition("+")
         name = f"{TRL}, batches of {rows}" + (", gradient checkpointing" if checkpointing else "")
-        found[name] = ["--part", TRL, "--rows", rows, *(["--checkpointing"] if checkpointing else [])]
+        words = ["--part", TRL, "--rows", rows, *(["--checkpointing"] if checkpointing else [])]
+        if options.method == "grpo":
+            found[name] = words
+            continue
+        for weights in ("fp32", "bf16"):
+            found[f"{name}, {weights} weights"] = [*words, "--trl-ppo", str(options.trl_ppo), "--weights", weights]
     return found
 
 
@@ -304,6 +321,8 @@ def options_of() -> argparse.Namespace:
         "--trl", default="8+checkpointing,8,32+checkpointing,32",
         help="rows of TRL's batches, with `+checkpointing` behind them or without, separated by commas: what is no divisor is refused",
     )  # fmt: skip
+    parser.add_argument("--trl-ppo", type=Path, metavar="FOLDER", help="where `pip install --no-deps --target FOLDER trl==1.12.0` put it")
+    parser.add_argument("--weights", choices=list(DTYPES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--part", choices=[PREFTUNE, TRL], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
@@ -315,7 +334,7 @@ def main() -> None:
     """Alternate the sides and print the table."""
     options = options_of()
     if options.part:
-        hand_over((ours if options.part == PREFTUNE else trl)(options))
+        hand_over(ours(options) if options.part == PREFTUNE else trl(options) if options.method == "grpo" else trl_ppo.side(options, NEVER))
         return
     for setting in options.trl.split(","):
         if options.prompts * options.responses % int(setting.partition("+")[0]):
@@ -325,6 +344,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
         tokenizer, config = unpack(options.model, options.folder / "model")
+        if options.method == "ppo":
+            judge_of(options.folder, tokenizer)
         prompts = conversations(options.data, tokenizer, options.prompts * options.steps, options.long_prompts)
         (options.folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
         results = measure(options)

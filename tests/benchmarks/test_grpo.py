@@ -26,6 +26,7 @@ def options(tmp_path):
     return Namespace(
         folder=tmp_path, method="grpo", model="tiny", precision="fp32", prompts=2, responses=4, tokens=6, steps=2, rounds=1, rows=4,
         tokens_per_microbatch=256, max_length=128, checkpointing=False, trl="4",
+        trl_ppo=None,
     )  # fmt: skip
 
 
@@ -63,10 +64,15 @@ def test_no_response_of_trl_ends_early(options, monkeypatch):
     assert len(behind) > 10 and any(later % 2 for later in behind) and len(set(behind)) > 5
 
 
-def test_ppo_is_timed_alone(options):
+def test_ppo_is_judged_by_a_reward_model_and_timed_alone_unless_an_older_trl_is_named(options):
     options.method = "ppo"
-    sound(grpo.ours(options), options)
+    grpo.judge_of(options.folder, ChatTokenizer(tiny.tokenizer()))
+    side = grpo.ours(options)
+    sound(side, options)
+    assert all(phases["judging"] > 0 for phases in side["phases"])
     assert list(grpo.sides_of(options)) == [grpo.PREFTUNE]
+    options.trl_ppo = options.folder
+    assert list(grpo.sides_of(options))[1:] == ["trl, batches of 4, fp32 weights", "trl, batches of 4, bf16 weights"]
 
 
 def test_the_table_says_what_was_measured(options, capsys, monkeypatch):

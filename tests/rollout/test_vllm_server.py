@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from preftune.errors import UserError
+from preftune.rollout import launch
 from preftune.rollout.config import VllmConfig
 from preftune.rollout.samples import Sample
 from preftune.rollout.sampling import Sampling
@@ -137,6 +138,20 @@ def test_leaving_while_it_starts(python: str, model: Path) -> None:
     with server(python, model) as one:
         assert list(one.generate(PROMPTS, 4, Sampling(12), 5, give_up=lambda: True)) == []
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("said", [b"", launch.KEEP])
+def test_the_folder_goes_with_an_owner_that_left_without_a_word(tmp_path: Path, said: bytes) -> None:
+    """However soon after the pipe closes the command ends: of a killed owner the pipe closes before the system calls it dead."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    one = subprocess.Popen([sys.executable, launch.__file__, str(folder), "sleep", "60"], stdin=subprocess.PIPE, start_new_session=True)
+    assert one.stdin is not None
+    time.sleep(0.5)
+    one.stdin.write(said)
+    one.stdin.close()
+    one.wait(60)
+    assert folder.exists() == bool(said)
 
 
 def test_it_does_not_outlive_a_preftune_that_is_killed(python: str, model: Path) -> None:

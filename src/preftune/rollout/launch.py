@@ -1,7 +1,7 @@
 """Run a command, and end it with all its children when stdin closes: a server then never outlives whoever started it, killed or not.
 
-Run as a file, as the leader of a process group of its own, with a folder and the command; the folder is removed when nobody is left to
-remove it. Imports nothing but the standard library.
+Run as a file, as the leader of a process group of its own, with a folder and the command. Who ends it in good order writes `KEEP` before
+closing; a pipe that closes without a word has lost its owner, and the folder is removed for it. Imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ import time
 
 GRACE = 10.0
 """Seconds between asking to end and ending."""
+KEEP = b"k"
+"""What an owner that lives on says of the folder."""
 
 
 def main(folder: str, command: list[str]) -> int:
     """Exit code of the command."""
-    parent = os.getppid()
+    orphaned = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: None)  # of the group's own ending; the command gets the default handler back
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    threading.Thread(target=_until_closed, args=(folder, parent), daemon=True).start()
+    threading.Thread(target=_until_closed, args=(folder, orphaned), daemon=True).start()
     code = child.wait()
-    _clear(folder, parent)
+    if orphaned.is_set():
+        shutil.rmtree(folder, ignore_errors=True)
     return code
 
 
-def _until_closed(folder: str, parent: int) -> None:
-    while os.read(0, 1):  # not sys.stdin: its lock would be held while Python ends
-        pass
+def _until_closed(folder: str, orphaned: threading.Event) -> None:
+    kept = False
+    while said := os.read(0, 1):  # not sys.stdin: its lock would be held while Python ends
+        kept |= said == KEEP
+    if not kept:
+        orphaned.set()
     os.killpg(0, signal.SIGTERM)
     time.sleep(GRACE)
-    _clear(folder, parent)
-    os.killpg(0, signal.SIGKILL)
-
-
-def _clear(folder: str, parent: int) -> None:
-    if os.getppid() != parent:
+    if not kept:
         shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
