@@ -128,7 +128,8 @@ def vllm(options: argparse.Namespace, work: Workload, prompts: Sequence[Sequence
     done = subprocess.run([str(options.vllm), "-c", _VLLM, json.dumps(told)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = done.stdout.splitlines()  # vLLM may say good-bye behind our line
+    found: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line.startswith('{"seconds"')))
     return found
 
 
