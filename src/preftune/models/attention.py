@@ -114,6 +114,53 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softca
     return torch.bmm(weights.view(k.shape[0], groups * queries, -1), v).view(heads, queries, v.shape[-1])
 
 
+class _DenseTrees(torch.autograd.Function):
+    """Softmax attention of a row's trees, each one dense block of its own; the weights are computed again in backward.
+
+    Queries [H, T, d] (times `scaling` by then), keys and values [Hkv, T, d], all of one type; `masks` [L, L] of each tree. In bf16 the
+    softmax runs in fp32 inside, and the weights are rounded once, as they are multiplied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], masks: list[Tensor]) -> Tensor:
+        groups = len(q) // len(k)
+        out = q.new_empty((q.shape[1], len(q), v.shape[-1])).transpose(0, 1)  # as the model reads it next: heads of a token side by side
+        for a, b, c, into, mask in zip(*(t.split(lengths, 1) for t in (q, k, v, out)), masks, strict=True):
+            weights = _weights(_grouped(a, groups), b.contiguous(), mask)
+            into.copy_(torch.bmm(weights, c.contiguous()).view(into.shape))
+        ctx.lengths, ctx.masks = lengths, masks
+        ctx.save_for_backward(q, k, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        groups = len(q) // len(k)
+        d_q, d_k, d_v = (torch.empty_like(t) for t in (q, k, v))
+        parts = (t.split(ctx.lengths, 1) for t in (grad, q, k, v, d_q, d_k, d_v))
+        for mask, g, a, b, c, into_q, into_k, into_v in zip(ctx.masks, *parts, strict=True):
+            pull, queries, keys = _grouped(g, groups), _grouped(a, groups), b.contiguous()
+            weights = _weights(queries, keys, mask)
+            into_v.copy_(torch.bmm(weights.transpose(1, 2), pull))
+            slope = torch.bmm(pull, c.contiguous().transpose(1, 2))
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
+            into_q.copy_(torch.bmm(slope, keys).view(into_q.shape))
+            into_k.copy_(torch.bmm(slope.transpose(1, 2), queries))
+        return d_q, d_k, d_v, None, None
+
+
+def _weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """[Hkv, groups * L, L] softmax of queries [Hkv, groups * L, d] over keys [Hkv, L, d] where the additive `mask` [L, L] lets them."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    scores.view(-1, *mask.shape).add_(mask)
+    return torch.softmax(scores, -1)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[H, L, n] as [Hkv, groups * L, n]."""
+    return x.reshape(len(x) // groups, groups * x.shape[1], x.shape[2])
+
+
 def _branch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     if softcap is not None or sinks is not None:
         return _dense(q, k, v, mask, scaling, softcap, sinks)
@@ -148,6 +195,9 @@ def _cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     lengths = plan.layout.lengths
+    if softcap is None and sinks is None and max(lengths) <= DENSE_TOKENS:
+        masks = [plan.dense_mask(i, window, v) for i in range(len(lengths))]
+        return _DenseTrees.apply((q * scaling).to(v.dtype), k.to(v.dtype), v, list(lengths), masks)
     out = []
     for i, (a, b, c) in enumerate(zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)):
         if lengths[i] <= DENSE_TOKENS:

@@ -55,7 +55,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         precise = _accumulate(compute)
-        d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if need_weight else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros(bias.shape, dtype=precise, device=weight.device) if need_bias and bias is not None else None
         w = weight.to(compute)
         for start in range(0, len(hidden), rows):
@@ -78,11 +78,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
             d = d.to(compute)
             if d_hidden is not None:
                 d_hidden[part] = (d @ w).to(d_hidden.dtype)
-            if d_weight is not None:
-                if compute == precise:
-                    d_weight.addmm_(d.T, h)
-                else:
-                    d_weight += d.T @ h
+            if need_weight and d_weight is None:
+                d_weight = (d.T @ h).to(precise)
+            elif d_weight is not None and compute == precise:
+                d_weight.addmm_(d.T, h)
+            elif d_weight is not None:
+                d_weight += d.T @ h
+        if need_weight and d_weight is None:
+            d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device)
         cast = lambda t, like: None if t is None else t.to(like.dtype)
         return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None, None
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from preftune.errors import UserError
 from preftune.models.attention import NAME as TREE
 from preftune.models.attention import TreePlan
+from preftune.models.lean import make_lean
 from preftune.models.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
 from preftune.models.scoring import Scoring, scoring_of
 from preftune.packing.batch import Batch, collate
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: Any, *, compute: torch.dtype = torch.float32, packed: bool = True) -> None:
         super().__init__()
+        make_lean(model)
         self.hf = model
         self.compute = compute
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from preftune.models.lean import Joined, plain_linears, sets_of_siblings
+
 Product = Callable[[Tensor], Tensor]
 """[.., D] states to [.., V]."""
 
 ROWS = 32
 """Rows of a typical step, for which the layout is chosen."""
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of one block that most architectures give the same states."""
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Product:
@@ -40,8 +40,8 @@ def prepared(model: Any, dtype: torch.dtype) -> Iterator[None]:
     try:
         if dtype != torch.float32:
             for block in model.modules():
-                layers = {name: m for name, m in block.named_children() if type(m) is nn.Linear and m is not head}
-                for names in _sets(list(layers)):
+                layers = {name: m for name, m in plain_linears(block).items() if m is not head}
+                for names in sets_of_siblings(list(layers)):
                     together = Together([layers[name] for name in names], dtype)
                     for at, name in enumerate(names):
                         vars(layers[name])["forward"] = together.layer(at)
@@ -52,22 +52,11 @@ def prepared(model: Any, dtype: torch.dtype) -> Iterator[None]:
             del vars(module)["forward"]
 
 
-def _sets(names: list[str]) -> Iterator[Sequence[str]]:
-    """The layers of a block, those that may read the same states together."""
-    for siblings in SIBLINGS:
-        if all(name in names for name in siblings):
-            yield siblings
-            names = [name for name in names if name not in siblings]
-    yield from ([name] for name in names)
-
-
-class Together:
-    """Layers whose products are made at once when the first of them is given its states; each of the others then finds its own.
-
-    One that is given other states than the first makes another product of all, so that nothing depends on how a block is written.
-    """
+class Together(Joined):
+    """Layers that share a product of weights prepared in `dtype`."""
 
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        super().__init__(layers)
         weights = [layer.weight.detach().to(dtype) for layer in layers]
         biases = [layer.bias for layer in layers]
         bias = None
@@ -76,21 +65,11 @@ class Together:
             bias = torch.cat(whole)
         self.dtype, self.times = dtype, product(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
         self.sizes = [len(w) for w in weights]
-        self.states: Tensor | None = None
-        self.waiting: dict[int, Tensor] = {}
+
+    def products(self, x: Tensor) -> Sequence[Tensor]:
+        """[.., V_i] of each layer."""
+        return self.times(x.to(self.dtype)).split(self.sizes, -1)
 
     def layer(self, at: int) -> Product:
         """The forward of layer `at`."""
         return lambda x: self.of(at, x)
-
-    def of(self, at: int, x: Tensor) -> Tensor:
-        """Layer `at` of `x`. The others' products are kept until they are asked for."""
-        if x is not self.states or at not in self.waiting:
-            made = self.times(x.to(self.dtype))
-            if len(self.sizes) == 1:
-                return made
-            self.states, self.waiting = x, dict(enumerate(made.split(self.sizes, -1)))
-        found = self.waiting.pop(at)
-        if not self.waiting:
-            self.states = None
-        return found

@@ -1,0 +1,278 @@
+"""Layers that remember less: the parts nearly every decoder is made of, with the same numbers and a backward pass of their own.
+
+Autograd keeps every intermediate result, and under autocast a cast of the states for each linear layer that reads them. Here a norm keeps
+its input, linear layers of the same states share one product and one cast, and a gated feed-forward block computes its activation again.
+`make_lean` changes the class of a module, never its parameters or their names, and only where the module proves to be what it looks like.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one block that most architectures give the same states."""
+
+
+def sets_of_siblings(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The linear layers of a block, those that may read the same states together."""
+    left = list(names)
+    for siblings in SIBLINGS:
+        if all(name in left for name in siblings):
+            yield siblings
+            left = [name for name in left if name not in siblings]
+    yield from ([name] for name in left)
+
+
+def plain_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers right inside `block`, but for those that some other library has replaced by its own."""
+    return {name: m for name, m in block.named_children() if isinstance(m, nn.Linear) and type(m) in (nn.Linear, LeanLinear)}
+
+
+def make_lean(model: nn.Module) -> None:
+    """Make the parts of `model` lean that can be, in place; what has another form is left as it is."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for block in list(model.modules()):
+        if isinstance(block, _LeanNorm | _LeanGated):
+            continue
+        layers = {name: m for name, m in plain_linears(block).items() if m is not head}
+        for names in sets_of_siblings(list(layers)):
+            joined = Joined([layers[name] for name in names])
+            for at, name in enumerate(names):
+                layers[name].__class__ = LeanLinear
+                vars(layers[name]).update(joined=joined, at=at)
+        for kind in (_LeanNorm, _LeanGated):
+            if kind.looks_like(block) and kind.equals(block):
+                block.__class__ = type(type(block).__name__, (kind, type(block)), {})
+
+
+def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """[V_i, D] weights as products of `dtype` take them: themselves, or where that needs a cast all of them as one."""
+    if all(w.dtype == dtype for w in weights):
+        return tuple(weights)
+    sizes = [len(w) for w in weights]
+    whole = weights[0].new_empty((sum(sizes), weights[0].shape[1]), dtype=dtype)
+    for into, weight in zip(whole.split(sizes), weights, strict=True):
+        into.copy_(weight)
+    return (whole,)
+
+
+def _times(rows: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """rows @ weight.T for each [V_i, D] weight, in the type of `rows`."""
+    ready = _cast(weights, rows.dtype)
+    made = tuple(rows @ w.T for w in ready)
+    return made if len(made) == len(weights) else made[0].split([len(w) for w in weights], 1)
+
+
+def _times_back(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Gradient of the rows, from those of their products with `weights`."""
+    ready = _cast(weights, grads[0].dtype)
+    if len(ready) < len(grads):
+        return torch.cat(list(grads), 1) @ ready[0]
+    d_rows = grads[0] @ ready[0]
+    for grad, weight in zip(grads[1:], ready[1:], strict=True):
+        d_rows.addmm_(grad, weight)
+    return d_rows
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _compute(x: Tensor) -> torch.dtype:
+    """The type of a product of `x` by the rules of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Products(torch.autograd.Function):
+    """x @ weight.T + bias for `count` weights [V_i, D] in `compute`, one product where they need a cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: torch.dtype, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        rows = _flat(x, compute)
+        weights = [p for p in parameters[:count] if p is not None]
+        out = tuple(
+            (part if bias is None else part + bias.to(compute)).view(*x.shape[:-1], -1)
+            for part, bias in zip(_times(rows, weights), parameters[count:], strict=True)
+        )
+        ctx.save_for_backward(rows if any(ctx.needs_input_grad[3 : 3 + count]) else None, *weights)
+        ctx.like, ctx.compute = (x.shape, x.dtype), compute
+        ctx.types = [None if p is None else p.dtype for p in parameters]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, *weights = ctx.saved_tensors
+        flat = [_flat(grad, ctx.compute) for grad in grads]
+        need_x, _, _, *needed = ctx.needs_input_grad
+        shape, dtype = ctx.like
+        d_x = _times_back(flat, weights).to(dtype).view(shape) if need_x else None
+        found: list[Tensor | None] = [None] * len(needed)
+        for i, grad in enumerate(flat):
+            if needed[i]:
+                found[i] = (grad.T @ rows).to(ctx.types[i])
+            if needed[len(flat) + i]:
+                found[len(flat) + i] = grad.sum(0, dtype=ctx.types[len(flat) + i])
+        return d_x, None, None, *found
+
+
+class Joined:
+    """Linear layers whose products are made at once when the first of them is given its states; each of the others then finds its own.
+
+    One that is given other states than the first makes another product of all, so that nothing depends on how a block is written.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = layers
+        self.states: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Joined:
+        memo[id(self)] = fresh = type(self)([])
+        fresh.layers = copy.deepcopy(self.layers, memo)
+        return fresh
+
+    def products(self, x: Tensor) -> Sequence[Tensor]:
+        """[.., V_i] of each layer."""
+        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        return _Products.apply(x, _compute(x), len(weights), *weights, *biases)
+
+    def of(self, at: int, x: Tensor) -> Tensor:
+        """Layer `at` of `x`. The others' products are kept until they are asked for."""
+        if x is not self.states or at not in self.waiting:
+            self.states, self.waiting = x, dict(enumerate(self.products(x)))
+        found = self.waiting.pop(at)
+        if not self.waiting:
+            self.states = None
+        return found
+
+
+class LeanLinear(nn.Linear):
+    """A linear layer that shares its product with its siblings."""
+
+    joined: Joined
+    at: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D] to [.., V]."""
+        return self.joined.of(self.at, x)
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (RMSNorm, arXiv 1910.07467 eq. 4); keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (precise * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        rows, slope, scale, wide = _flat(x, scale.dtype), _flat(grad, scale.dtype), scale.view(-1, 1), weight.to(scale.dtype)
+        pulled = slope * rows * scale
+        d_weight = pulled.sum(0).to(weight.dtype) if need_weight else None
+        if not need_x:
+            return None, d_weight, None
+        along = torch.mv(pulled, wide).mul_(-1 / x.shape[-1]).unsqueeze(1) * scale
+        return (slope * wide).addcmul_(rows, along).mul_(scale).to(x.dtype).view(x.shape), d_weight, None
+
+
+class _LeanNorm(nn.Module):
+    """RMSNorm by `_RootMeanSquare`."""
+
+    @staticmethod
+    def looks_like(module: Any) -> bool:
+        weight = getattr(module, "weight", None)
+        return "RMSNorm" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 1 and _eps(module) is not None
+
+    @staticmethod
+    def equals(module: Any) -> bool:
+        return _agree(module, lambda x: _RootMeanSquare.apply(x, module.weight, _eps(module)), module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D] to [.., D]."""
+        return _RootMeanSquare.apply(x, self.weight, _eps(self))
+
+
+def _eps(module: Any) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+class _Feed(torch.autograd.Function):
+    """(act(x @ gate.T) * (x @ up.T)) @ down.T, gate and up [I, D], down [D, I]; the activation is computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, compute: torch.dtype, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        rows = _flat(x, compute)
+        g, u = _times(rows, (gate, up))
+        ctx.save_for_backward(rows, g, u, gate, up, down)
+        ctx.act, ctx.like = act, (x.shape, x.dtype)
+        return ((act(g) * u) @ down.to(compute).T).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        rows, g, u, gate, up, down = ctx.saved_tensors
+        grad = _flat(grad, rows.dtype)
+        need_x, _, _, *needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            g, u = (t.detach().requires_grad_() for t in (g, u))
+            inner = ctx.act(g) * u
+        d_g, d_u = torch.autograd.grad(inner, (g, u), grad @ down.to(grad.dtype))
+        pairs = ((d_g, rows), (d_u, rows), (grad, inner.detach()))
+        found = [(d.T @ read).to(down.dtype) if need else None for need, (d, read) in zip(needed, pairs, strict=True)]
+        shape, dtype = ctx.like
+        return _times_back((d_g, d_u), (gate, up)).to(dtype).view(shape) if need_x else None, None, None, *found
+
+
+class _LeanGated(nn.Module):
+    """A gated feed-forward block by `_Feed`."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    @staticmethod
+    def looks_like(module: Any) -> bool:
+        layers = plain_linears(module)
+        unbiased = all(layer.bias is None for layer in layers.values())
+        return set(layers) == {"gate_proj", "up_proj", "down_proj"} and unbiased and _act(module)
+
+    @staticmethod
+    def equals(module: Any) -> bool:
+        return _agree(module, lambda x: _LeanGated.forward(module, x), module.gate_proj.weight[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D] to [.., D]."""
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if any(type(layer) is not LeanLinear or "forward" in vars(layer) for layer in layers):  # an adapter, or prepared for sampling
+            return super().forward(x)
+        return _Feed.apply(x, _compute(x), self.act_fn, *(layer.weight for layer in layers))
+
+
+def _act(module: Any) -> bool:
+    act = getattr(module, "act_fn", None)
+    return callable(act) and not (isinstance(act, nn.Module) and any(True for _ in act.parameters()))
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+    """Whether `lean` gives what `module` does, on states that are as wide as `like` and of its type."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(4, like.shape[-1], generator=generator)).to(like.device, like.dtype)
+    try:
+        return torch.allclose(lean(x).float(), module(x).float(), rtol=1e-2 if like.dtype.itemsize < 4 else 1e-5, atol=1e-6)
+    except (RuntimeError, TypeError, AttributeError):
+        return False
