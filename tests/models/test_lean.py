@@ -141,7 +141,7 @@ def test_a_copy_reads_its_own_weights():
     model = LanguageModel(tiny.model("llama"))
     batch = collate(TREES)
     before = model(batch)
-    twin = LanguageModel(copy.deepcopy(model.hf))
+    twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.hf.parameters():
             parameter.mul_(1.5)

@@ -186,7 +186,7 @@ def main(words: list[str]) -> None:
 
     def reply(body: dict[str, Any], count: int) -> Any:
         if lives <= plan.get("dies", 0) and count > plan.get("after", 5):
-            print("ValueError: out of the world", flush=True)
+            os.write(1, b"ValueError: out of the world\n")  # one write: another request may die with the same words at once
             os._exit(1)
         if lives <= plan.get("hangs", 0) and count > plan.get("after", 5):
             time.sleep(300)

@@ -199,9 +199,16 @@ class _LeanNorm(nn.Module):
     def equals(module: Any) -> bool:
         return _agree(module, lambda x: _RootMeanSquare.apply(x, module.weight, _eps(module)), module.weight)
 
+    @property
+    def eps_(self) -> float:
+        """What is added to the mean square, whatever the architecture calls it."""
+        found = _eps(self)
+        assert found is not None
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] to [.., D]."""
-        return _RootMeanSquare.apply(x, self.weight, _eps(self))
+        return _RootMeanSquare.apply(x, self.weight, self.eps_)
 
 
 def _eps(module: Any) -> float | None:
@@ -257,9 +264,19 @@ class _LeanGated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] to [.., D]."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if any(type(layer) is not LeanLinear or "forward" in vars(layer) for layer in layers):  # an adapter, or prepared for sampling
+        if any(type(layer) is not LeanLinear or type(layer.joined) is not Joined for layer in layers):  # an adapter, or prepared to sample
             return super().forward(x)
         return _Feed.apply(x, _compute(x), self.act_fn, *(layer.weight for layer in layers))
+
+
+def is_lean_norm(module: nn.Module) -> bool:
+    """Whether it is an RMSNorm of the plain form; `eps_` and `weight` are its parts."""
+    return isinstance(module, _LeanNorm)
+
+
+def is_lean_gated(module: nn.Module) -> bool:
+    """Whether it is down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    return isinstance(module, _LeanGated)
 
 
 def _act(module: Any) -> bool:

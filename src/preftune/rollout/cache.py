@@ -6,6 +6,8 @@ and to its own tokens so far; one softmax runs over both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,7 +109,7 @@ class Decode:
         self.in_order = len(self.cell) == self.groups * self.most and bool((self.cell == self.index).all())
         self.grid = torch.zeros(self.groups * self.most, dtype=torch.long, device=group.device)
         self.grid[self.cell] = self.index
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
@@ -129,10 +131,10 @@ class Decode:
         scores = torch.cat([on_prompt, torch.matmul(query, own_keys.mT)], -1)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.add_(self._mask(on_prompt.shape[-1], own_keys.shape[2], window).to(scores.dtype))
+        scores = scores.add_(self._mask(on_prompt.shape[-1], own_keys.shape[2], window, scores.dtype))
         if sinks is not None:
             scores = torch.cat([scores, sinks.to(scores.dtype).view(1, kv, -1, 1).expand(rows, -1, -1, 1)], -1)
-        weights = torch.softmax(scores, -1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype)
+        weights = torch.softmax(scores, -1)  # in fp32 inside, and rounded once
         first, second, _ = weights.split([on_prompt.shape[-1], own_keys.shape[2], int(sinks is not None)], -1)
         out = self._by_row(torch.matmul(self._by_group(first), prompt_values)).to(q.dtype) + torch.matmul(second, own_values)
         return out.reshape(rows, heads, width).transpose(0, 1)
@@ -149,14 +151,14 @@ class Decode:
         cells = x.view(self.groups, kv, self.most, both // self.most, n).transpose(1, 2).flatten(0, 1)
         return cells if self.in_order else cells[self.cell]
 
-    def _mask(self, prompt: int, own: int, window: int | None) -> Tensor:
+    def _mask(self, prompt: int, own: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive [B, 1, 1, prompt + own], over the stored places of prompts and of the rows' own tokens."""
-        key = (prompt, own, window)
+        key = (prompt, own, window, dtype)
         if key not in self._masks:
             at = torch.cat([torch.arange(prompt), torch.arange(own)]).to(self.own.device)
             behind = (torch.arange(prompt + own) >= prompt).to(self.own.device)
             seen = torch.where(behind, at <= self.own[:, None], at < self.lengths[:, None])
             if window is not None:
                 seen &= self.position[:, None] - (at + behind * self.lengths[:, None]) < window
-            self._masks[key] = torch.zeros(seen.shape, device=at.device).masked_fill_(~seen, -1e30)[:, None, None, :]
+            self._masks[key] = torch.zeros(seen.shape, dtype=dtype, device=at.device).masked_fill_(~seen, -1e30)[:, None, None, :]
         return self._masks[key]

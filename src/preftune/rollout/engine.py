@@ -17,6 +17,7 @@ from preftune.errors import UserError
 from preftune.models.logprobs import finished
 from preftune.models.policy import LanguageModel, language_head
 from preftune.rollout.cache import Cache, Decode, Prefill
+from preftune.rollout.decoder import Decoder
 from preftune.rollout.padded import generate as padded
 from preftune.rollout.samples import Row, Sample
 from preftune.rollout.sampling import Sampling, draw, uniforms
@@ -136,6 +137,7 @@ class _Run:
         self.cache = Cache(config.num_hidden_layers)
         weight, self.head = language_head(engine.model.backbone)
         self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]))
+        self.decoder = Decoder(engine.model.backbone)
         self.rows: list[Row] = []
         self.groups: list[int] = []  # prompt of each slot of the prompt cache
         self.group = torch.zeros(0, dtype=torch.long)  # [B] slot of each row's prompt
@@ -175,7 +177,7 @@ class _Run:
         lengths = tuple(len(self.prompts[i]) for i in part)
         ids = torch.tensor([t for i in part for t in self.prompts[i]], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        states = self._model(ids, positions, Prefill(self.cache, lengths, len(self.groups)))
+        states = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups)))
         last = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
         counts = [len(self.asked[i]) for i in part]
         slots = torch.arange(len(part), device=self.device) + len(self.groups)
@@ -194,11 +196,6 @@ class _Run:
                 marks[row, torch.tensor(self.prompts[i], device=self.device)] = True
             marks = marks.repeat_interleave(each, 0)
             self.seen = marks if self.seen is None else torch.cat([self.seen, marks])
-
-    def _model(self, ids: Tensor, positions: Tensor, plan: Prefill | Decode) -> Tensor:
-        """[T, D] hidden states of a packed row."""
-        decoder = self.engine.model.hf.base_model
-        return decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, tree=plan).last_hidden_state[0]
 
     def _logits(self) -> Tensor:
         """[B, V] logits of every row's next token."""
@@ -249,5 +246,5 @@ class _Run:
         """Read the tokens just drawn."""
         prompts = torch.tensor([len(self.prompts[i]) for i in self.groups], device=self.device)
         plan = Decode(self.cache, self.group, self.own, prompts)
-        self.states = self._model(self.tokens, plan.position, plan)
+        self.states = self.decoder(self.tokens, plan.position, plan)
         self.own = self.own + 1

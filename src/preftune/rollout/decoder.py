@@ -1,0 +1,132 @@
+"""A decoder's forward pass in as few calls as it takes, for layers of the plain kind (Llama, Mistral, Qwen2, Qwen3 and their like).
+
+A step of few rows is thousands of small operations, and a fifth of its time goes to the modules around them. Whether a model is of the
+plain kind is not read from its name: its own forward pass must give the same states, else it is used itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune.models.attention import Plan, TreePlan
+from preftune.models.lean import LeanLinear, is_lean_gated, is_lean_norm
+from preftune.models.policy import TOLERANCE, Backbone
+from preftune.packing.batch import Layout
+from preftune.rollout.weights import Together
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROBE = 6
+"""Tokens on which the two ways are compared."""
+
+
+class _Listener(TreePlan):
+    """The attention of one prompt, and what each layer asks of it."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(Layout(((tokens, ()),)))
+        self.asked: list[dict[str, Any]] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.asked.append(options)
+        return super().attend(q, k, v, **options)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The parts of one layer, and how its attention is scaled and masked."""
+
+    before: Any
+    attention: Any
+    between: Any
+    feed: Any
+    options: dict[str, Any]
+
+
+class Decoder:
+    """Hidden states of a packed row: by hand where that gives the model's own, else by its own modules."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        """To be made, and used, where weights are prepared and the backbone's precision is on."""
+        self.inner = backbone.hf.base_model
+        self.layers: list[_Layer] = []
+        if not _looks_plain(self.inner):
+            return
+        ids = torch.arange(PROBE, device=backbone.device) % self.inner.embed_tokens.num_embeddings
+        listener = _Listener(PROBE)
+        theirs = self._by_modules(ids, torch.arange(PROBE, device=ids.device), listener)
+        self.layers = [
+            _Layer(layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp, options)
+            for layer, options in zip(self.inner.layers, listener.asked, strict=True)
+        ]
+        ours = self._by_hand(ids, torch.arange(PROBE, device=ids.device), TreePlan(listener.layout))
+        if not float((ours - theirs).abs().max() / theirs.abs().max()) < TOLERANCE[backbone.compute]:
+            self.layers = []
+
+    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """[T, D] states, after the final norm, of [T] ids at [T] positions."""
+        return self._by_hand(ids, positions, plan) if self.layers else self._by_modules(ids, positions, plan)
+
+    def _by_modules(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        return self.inner(input_ids=ids[None], position_ids=positions[None], use_cache=False, tree=plan).last_hidden_state[0]
+
+    def _by_hand(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        states = self.inner.embed_tokens(ids)
+        cos, sin = (part[0].unsqueeze(1) for part in self.inner.rotary_emb(states[None], positions[None]))
+        half = cos.shape[-1] // 2
+        turn = (cos, -sin[..., :half], sin[..., half:])
+        for layer in self.layers:
+            attention = layer.attention
+            q, k, v = _turned(attention, _norm(layer.before, states), *turn)
+            seen = plan.attend(q, k, v, **layer.options)
+            states = states + attention.o_proj(seen.transpose(0, 1).reshape(len(states), -1))
+            feed, x = layer.feed, _norm(layer.between, states)
+            gate = feed.act_fn(feed.gate_proj(x))
+            states = states + feed.down_proj(gate.mul_(feed.up_proj(x)))
+        return _norm(self.inner.norm, states)
+
+
+def _looks_plain(inner: Any) -> bool:
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    return all(hasattr(inner, part) for part in parts) and is_lean_norm(inner.norm) and all(map(_plain_layer, inner.layers))
+
+
+def _plain_layer(layer: Any) -> bool:
+    if {name for name, _ in layer.named_children()} != PARTS or not is_lean_gated(layer.mlp):
+        return False
+    linear = dict(layer.self_attn.named_children())
+    norms = [linear.pop(name) for name in ("q_norm", "k_norm") if name in linear]
+    return (
+        len(norms) in (0, 2)
+        and is_lean_norm(layer.input_layernorm)
+        and is_lean_norm(layer.post_attention_layernorm)
+        and set(linear) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        and all(type(one) is LeanLinear for one in (*linear.values(), layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj))
+    )
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps_)).mul_(norm.weight)
+
+
+def _turned(attention: Any, x: Tensor, cos: Tensor, minus: Tensor, plus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[H, T, d] queries and [Hkv, T, d] keys and values of [T, D] states, queries and keys turned by rotary embeddings in fp32."""
+    joined, width = attention.q_proj.joined, attention.head_dim
+    if isinstance(joined, Together):
+        heads, (flat, v) = joined.sizes[0] // width, joined.apart(x, joined.sizes[0] + joined.sizes[1])
+        both = flat.view(len(x), -1, width)
+    else:
+        q, k, v = joined.products(x)
+        heads, both = q.shape[-1] // width, torch.cat([q, k], -1).view(len(x), -1, width)
+    if hasattr(attention, "q_norm"):
+        both = torch.cat([attention.q_norm(both[:, :heads]), attention.k_norm(both[:, heads:])], 1)
+    both = both.to(cos.dtype)
+    turned = both * cos
+    half = width // 2
+    turned[..., :half].addcmul_(both[..., half:], minus)
+    turned[..., half:].addcmul_(both[..., :half], plus)
+    q, k = turned.transpose(0, 1).split([heads, turned.shape[1] - heads])
+    return q, k, v.view(len(x), -1, width).transpose(0, 1)
