@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SWITCH = "PREFTUNE_ALLOCATOR"
-HEAVY = frozenset({"train", "quickstart", "check", "chat", "evaluate"})
+HEAVY = frozenset({"train", "quickstart", "check", "chat", "evaluate", "sample", "score"})
 
 
 def preload_allocator() -> None:
