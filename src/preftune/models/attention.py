@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from preftune.packing.batch import Layout
 
 NAME = "preftune_tree"
-DENSE_TOKENS = 768
+DENSE_TOKENS = 1280
 """Trees up to this many tokens are one dense block on CPU."""
 _IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "past_key_values", "deterministic"}
 _REFUSED = ("position_bias", "head_mask", "cache", "alibi")
