@@ -37,7 +37,7 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("dense_tokens", [768, 0], ids=["dense", "branches"])
+@pytest.mark.parametrize("dense_tokens", [768, 12, 0], ids=["dense", "some of each", "branches"])
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
 def test_regression_22_packed_equals_plain_forward_and_gradient(kind, dense_tokens, monkeypatch):
     monkeypatch.setattr(attention, "DENSE_TOKENS", dense_tokens)

@@ -147,6 +147,9 @@ def test_a_copy_reads_its_own_weights():
             parameter.mul_(1.5)
     torch.testing.assert_close(twin(batch), before, atol=0, rtol=0)
     assert not torch.allclose(model(batch), before)
+    with torch.no_grad(), prepared(model.hf, torch.bfloat16):
+        twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(batch), model(batch), atol=0, rtol=0)
 
 
 def test_one_product_serves_the_layers_that_read_the_same_states(monkeypatch):

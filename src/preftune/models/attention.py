@@ -20,6 +20,8 @@ from preftune.packing.batch import Layout
 NAME = "preftune_tree"
 DENSE_TOKENS = 1280
 """Trees up to this many tokens are one dense block on CPU."""
+KEPT_TOKENS = 768
+"""The same where scores are capped or have sinks: there autograd keeps the block's weights."""
 _IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "past_key_values", "deterministic"}
 _REFUSED = ("position_bias", "head_mask", "cache", "alibi")
 
@@ -195,15 +197,19 @@ def _cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     lengths = plan.layout.lengths
-    if softcap is None and sinks is None and max(lengths) <= DENSE_TOKENS:
+    plain = softcap is None and sinks is None
+    dense = DENSE_TOKENS if plain else min(DENSE_TOKENS, KEPT_TOKENS)
+    if plain and max(lengths) <= dense:
         masks = [plan.dense_mask(i, window, v) for i in range(len(lengths))]
         return _DenseTrees.apply((q * scaling).to(v.dtype), k.to(v.dtype), v, list(lengths), masks)
     out = []
     for i, (a, b, c) in enumerate(zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)):
-        if lengths[i] <= DENSE_TOKENS:
-            out.append(_dense(a, b, c, plan.dense_mask(i, window, q), scaling, softcap, sinks))
-        else:
+        if lengths[i] > dense:
             out.append(_by_branches(a, b, c, plan, i, window, scaling, softcap, sinks))
+        elif plain:
+            out.append(_DenseTrees.apply((a * scaling).to(c.dtype), b.to(c.dtype), c, [lengths[i]], [plan.dense_mask(i, window, c)]))
+        else:
+            out.append(_dense(a, b, c, plan.dense_mask(i, window, q), scaling, softcap, sinks))
     return torch.cat(out, dim=1)
 
 

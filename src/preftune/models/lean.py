@@ -134,7 +134,7 @@ class Joined:
         self.waiting: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Joined:
-        memo[id(self)] = fresh = type(self)([])
+        memo[id(self)] = fresh = Joined([])  # also of weights prepared for a while: a copy reads its own
         fresh.layers = copy.deepcopy(self.layers, memo)
         return fresh
 
