@@ -13,14 +13,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from preftune.home import cache_home
+
 LARGEST = 512 * 2**20
 """Bytes of the largest file that is unpacked: its weights take up to eight times as much in fp32."""
-
-
-def cache_home() -> Path:
-    """Where unpacked models are kept: `$PREFTUNE_CACHE`, else `preftune` in the user's cache folder. It may be removed at any time."""
-    chosen = os.environ.get("PREFTUNE_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "preftune"
 
 
 def unpacked(file: Path) -> Path | None:

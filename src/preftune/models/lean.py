@@ -84,7 +84,7 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
-def _compute(x: Tensor) -> torch.dtype:
+def compute_type(x: Tensor) -> torch.dtype:
     """The type of a product of `x` by the rules of autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -141,7 +141,7 @@ class Joined:
     def products(self, x: Tensor) -> Sequence[Tensor]:
         """[.., V_i] of each layer."""
         weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
-        return _Products.apply(x, _compute(x), len(weights), *weights, *biases)
+        return _Products.apply(x, compute_type(x), len(weights), *weights, *biases)
 
     def of(self, at: int, x: Tensor) -> Tensor:
         """Layer `at` of `x`. The others' products are kept until they are asked for."""
@@ -266,7 +266,7 @@ class _LeanGated(nn.Module):
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if any(type(layer) is not LeanLinear or type(layer.joined) is not Joined for layer in layers):  # an adapter, or prepared to sample
             return super().forward(x)
-        return _Feed.apply(x, _compute(x), self.act_fn, *(layer.weight for layer in layers))
+        return _Feed.apply(x, compute_type(x), self.act_fn, *(layer.weight for layer in layers))
 
 
 def is_lean_norm(module: nn.Module) -> bool:

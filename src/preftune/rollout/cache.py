@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune.kernels import find
 from preftune.models.attention import TreePlan
 from preftune.packing.batch import Layout
 
 GROW = 32
 """Token places that a full store of responses gains. All places are read and the empty ones masked: on a CPU batched products of a slice
 take several times as long as those of a whole tensor."""
+LANES = 16
+"""The same of a store of prompts; compiled kernels read so many places at once."""
 
 
 class Rows:
-    """A store [rows, Hkv, tokens, d] of one layer's keys or values."""
+    """A store [rows, Hkv, tokens, d] of one layer's keys or values; in memory, `across` has the tokens of one of the d side by side."""
 
-    def __init__(self, grow: int = 1) -> None:
-        self.grow = grow
+    def __init__(self, grow: int, across: bool = False) -> None:
+        self.grow, self.across = grow, across
         self.data: Tensor | None = None
 
     def reserve(self, rows: int, tokens: int, like: Tensor) -> Tensor:
@@ -46,7 +49,8 @@ class Rows:
         return -(-tokens // self.grow) * self.grow
 
     def _resize(self, rows: int, tokens: int, like: Tensor) -> None:
-        fresh = like.new_zeros((rows, like.shape[0], tokens, like.shape[-1]))
+        heads, width = like.shape[0], like.shape[-1]
+        fresh = like.new_zeros((rows, heads, width, tokens)).mT if self.across else like.new_zeros((rows, heads, tokens, width))
         if self.data is not None:
             kept = min(tokens, self.data.shape[2])
             fresh[: self.data.shape[0], :, :kept] = self.data[:, :, :kept]
@@ -57,8 +61,8 @@ class Cache:
     """Keys and values of all layers."""
 
     def __init__(self, layers: int) -> None:
-        self.prompt = [(Rows(), Rows()) for _ in range(layers)]
-        self.own = [(Rows(GROW), Rows(GROW)) for _ in range(layers)]
+        self.prompt = [(Rows(LANES, across=True), Rows(LANES)) for _ in range(layers)]
+        self.own = [(Rows(GROW, across=True), Rows(GROW)) for _ in range(layers)]
 
     def move(self, part: str, source: list[int], target: list[int], tokens: int) -> None:
         """Copy whole rows of `prompt` or `own`, their first `tokens` tokens: what finished makes place for what goes on."""
@@ -93,17 +97,17 @@ class Decode:
 
     def __init__(self, cache: Cache, group: Tensor, own: Tensor, prompts: Tensor) -> None:
         self.cache, self.layer = cache, 0
-        self.rows, self.groups = len(group), len(prompts)
+        self.rows, self.groups, self.prompts = len(group), len(prompts), prompts
         self.index = torch.arange(self.rows, device=group.device)
         self.own, self.lengths = own, prompts[group]
         self.longest_own, self.longest_prompt = int(own.max()) + 1, int(prompts.max())
         self.position = self.lengths + own
         # where each row stands among those of its group, and the grid [groups, most rows] of row numbers that follows from it
-        order = torch.argsort(group, stable=True)
+        self.order = torch.argsort(group, stable=True)
         counts = torch.bincount(group, minlength=self.groups)
-        starts = counts.cumsum(0) - counts
+        self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         place = torch.empty_like(group)
-        place[order] = self.index - starts[group[order]]
+        place[self.order] = self.index - self.starts[group[self.order]]
         self.most = int(counts.max())
         self.cell = group * self.most + place
         self.in_order = len(self.cell) == self.groups * self.most and bool((self.cell == self.index).all())
@@ -123,6 +127,13 @@ class Decode:
         )
         own_keys, own_values = (r.fit(rows, self.longest_own, new) for r, new in zip(self.cache.own[self.layer], (k, v), strict=True))
         self.layer += 1
+        kernels = find("decoding") if softcap is None and sinks is None else None
+        if kernels is not None and kernels.takes(q, v):
+            stored = (prompt_keys.mT, prompt_values), (own_keys.mT, own_values)
+            longest = self.longest_prompt, self.longest_own
+            where = self.order, self.starts, self.prompts, self.own
+            out: Tensor = kernels.step(q, k, v, *stored, *where, most=self.most, longest=longest, window=window, scaling=scaling)
+            return out
         own_keys[self.index, :, self.own] = k.transpose(0, 1)
         own_values[self.index, :, self.own] = v.transpose(0, 1)
         own_keys, own_values = own_keys[:rows], own_values[:rows]

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
+from preftune.kernels import find
 from preftune.models.attention import Plan, TreePlan
-from preftune.models.lean import LeanLinear, is_lean_gated, is_lean_norm
+from preftune.models.lean import LeanLinear, compute_type, is_lean_gated, is_lean_norm
 from preftune.models.policy import TOLERANCE, Backbone
 from preftune.packing.batch import Layout
 from preftune.rollout.weights import Together
@@ -55,7 +57,7 @@ class Decoder:
         self.layers: list[_Layer] = []
         if not _looks_plain(self.inner):
             return
-        ids = torch.arange(PROBE, device=backbone.device) % self.inner.embed_tokens.num_embeddings
+        ids = torch.arange(PROBE, device=backbone.device) * (self.inner.embed_tokens.num_embeddings // PROBE)
         listener = _Listener(PROBE)
         theirs = self._by_modules(ids, torch.arange(PROBE, device=ids.device), listener)
         self.layers = [
@@ -63,7 +65,7 @@ class Decoder:
             for layer, options in zip(self.inner.layers, listener.asked, strict=True)
         ]
         ours = self._by_hand(ids, torch.arange(PROBE, device=ids.device), TreePlan(listener.layout))
-        if not float((ours - theirs).abs().max() / theirs.abs().max()) < TOLERANCE[backbone.compute]:
+        if not float((ours - theirs).norm() / theirs.norm()) < TOLERANCE[backbone.compute]:
             self.layers = []
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
@@ -75,18 +77,17 @@ class Decoder:
 
     def _by_hand(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         states = self.inner.embed_tokens(ids)
-        cos, sin = (part[0].unsqueeze(1) for part in self.inner.rotary_emb(states[None], positions[None]))
-        half = cos.shape[-1] // 2
-        turn = (cos, -sin[..., :half], sin[..., half:])
+        angles = tuple(part[0] for part in self.inner.rotary_emb(states[None], positions[None]))
+        kernels = find("pointwise")
+        if kernels is not None and not all(map(kernels.takes, (states, *angles))):
+            kernels = None
+        added = None
         for layer in self.layers:
-            attention = layer.attention
-            q, k, v = _turned(attention, _norm(layer.before, states), *turn)
+            q, k, v = _turned(kernels, layer.attention, _norm(kernels, layer.before, states, added), *angles)
             seen = plan.attend(q, k, v, **layer.options)
-            states = states + attention.o_proj(seen.transpose(0, 1).reshape(len(states), -1))
-            feed, x = layer.feed, _norm(layer.between, states)
-            gate = feed.act_fn(feed.gate_proj(x))
-            states = states + feed.down_proj(gate.mul_(feed.up_proj(x)))
-        return _norm(self.inner.norm, states)
+            added = layer.attention.o_proj(seen.transpose(0, 1).reshape(len(states), -1))
+            added = _fed(kernels, layer.feed, _norm(kernels, layer.between, states, added))
+        return _norm(None, self.inner.norm, states, added)
 
 
 def _looks_plain(inner: Any) -> bool:
@@ -108,25 +109,45 @@ def _plain_layer(layer: Any) -> bool:
     )
 
 
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps_)).mul_(norm.weight)
+def _norm(kernels: Any, norm: Any, states: Tensor, added: Tensor | None) -> Tensor:
+    """RMSNorm of [T, D] states, to which [T, D] are added in place first; kernels give it in the type of the next product."""
+    compute = compute_type(states)
+    if kernels is not None and states.dtype == norm.weight.dtype == torch.float32 and (added is None or added.dtype == compute):
+        out: Tensor = kernels.add_norm(states, added, norm.weight, norm.eps_, compute)
+        return out
+    if added is not None:
+        states += added
+    return (states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + norm.eps_)).mul_(norm.weight)
 
 
-def _turned(attention: Any, x: Tensor, cos: Tensor, minus: Tensor, plus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[H, T, d] queries and [Hkv, T, d] keys and values of [T, D] states, queries and keys turned by rotary embeddings in fp32."""
+def _fed(kernels: Any, feed: Any, x: Tensor) -> Tensor:
+    """What the feed-forward block adds, [T, D] of [T, D]."""
+    gate, up = feed.gate_proj(x), feed.up_proj(x)
+    if kernels is not None and isinstance(feed.act_fn, SiLUActivation | nn.SiLU) and kernels.takes(gate):
+        return feed.down_proj(kernels.silu_gated(gate, up))
+    return feed.down_proj(feed.act_fn(gate).mul_(up))
+
+
+def _turned(kernels: Any, attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[H, T, d] queries and [Hkv, T, d] keys and values of [T, D] states, queries and keys turned by rotary embeddings [T, d] in fp32."""
     joined, width = attention.q_proj.joined, attention.head_dim
     if isinstance(joined, Together):
-        heads, (flat, v) = joined.sizes[0] // width, joined.apart(x, joined.sizes[0] + joined.sizes[1])
-        both = flat.view(len(x), -1, width)
+        heads, (both, v) = joined.sizes[0] // width, joined.apart(x, joined.sizes[0] + joined.sizes[1])
     else:
         q, k, v = joined.products(x)
-        heads, both = q.shape[-1] // width, torch.cat([q, k], -1).view(len(x), -1, width)
+        heads, both = q.shape[-1] // width, torch.cat([q, k], -1)
     if hasattr(attention, "q_norm"):
-        both = torch.cat([attention.q_norm(both[:, :heads]), attention.k_norm(both[:, heads:])], 1)
-    both = both.to(cos.dtype)
-    turned = both * cos
-    half = width // 2
-    turned[..., :half].addcmul_(both[..., half:], minus)
-    turned[..., half:].addcmul_(both[..., :half], plus)
-    q, k = turned.transpose(0, 1).split([heads, turned.shape[1] - heads])
-    return q, k, v.view(len(x), -1, width).transpose(0, 1)
+        apart = both.view(len(x), -1, width)
+        both = torch.cat([attention.q_norm(apart[:, :heads]), attention.k_norm(apart[:, heads:])], 1).flatten(1)
+    v = v.view(len(x), -1, width).transpose(0, 1)
+    kv = len(v)
+    if kernels is not None and kernels.takes(both) and cos.shape[-1] == width:
+        q, k = kernels.turn(both, heads, kv, cos, sin)
+        return q.transpose(0, 1), k.transpose(0, 1), v
+    apart = both.view(len(x), -1, width).to(cos.dtype)
+    cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), width // 2
+    turned = apart * cos
+    turned[..., :half].addcmul_(apart[..., half:], -sin[..., :half])
+    turned[..., half:].addcmul_(apart[..., :half], sin[..., half:])
+    q, k = turned.transpose(0, 1).split([heads, kv])
+    return q, k, v

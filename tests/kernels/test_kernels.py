@@ -1,0 +1,216 @@
+"""Compiled kernels against plain PyTorch: the same numbers, to the last bit where that can be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from preftune import kernels
+from preftune.rollout.cache import Cache, Decode
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+pytestmark = pytest.mark.skipif(kernels.find("tiles") is None, reason="no compiled kernels on this machine")
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def scalar(function):
+    """A function of kernels as one of arrays."""
+    from numba import njit
+
+    @njit
+    def over(x, out):
+        for i in range(len(x)):
+            out[i] = function(x[i])
+
+    return over
+
+
+def test_exp_is_exact_to_one_unit_in_the_last_place_and_keeps_nan():
+    from preftune.kernels import tiles
+
+    x = torch.linspace(-87, 88, 200_001)
+    found = torch.empty_like(x)
+    scalar(tiles.exp)(x.numpy(), found.numpy())
+    true = x.double().exp()
+    assert float(((found - true) / true).abs().max()) < 2**-23
+    edges = torch.tensor([float("nan"), -1e30, float("-inf"), 200.0])
+    out = torch.empty_like(edges)
+    scalar(tiles.exp)(edges.numpy(), out.numpy())
+    assert out[0].isnan() and (out[1:3] < 2e-38).all() and 1e38 < out[3] < float("inf")
+
+
+def test_bf16_is_rounded_as_pytorch_rounds_it():
+    from preftune.kernels import tiles
+
+    odd = [0.0, -0.0, 1.00390625, 1.01171875, 3.3895e38, float("inf"), float("-inf"), float("nan"), 1e-40]
+    x = torch.cat([torch.tensor(odd), normal(10_000) * 10 ** normal(10_000, seed=1)])
+    found = torch.empty(len(x), dtype=torch.int16)
+    scalar(tiles.narrow)(x.numpy(), found.numpy())
+    halves = found.view(torch.bfloat16)
+    assert torch.equal(halves.isnan(), x.isnan())
+    kept = ~x.isnan()
+    assert torch.equal(found[kept], x.to(torch.bfloat16).view(torch.int16)[kept])
+    back = torch.empty_like(x)
+    scalar(tiles.widen)(found.numpy(), back.numpy())
+    assert torch.equal(back[kept], halves.float()[kept])
+
+
+def attended(dtype, switch, monkeypatch, *, heads, kv, width, window, rows=None):
+    """What a step gives for rows of three groups of different sizes, out of order, and the cache it leaves."""
+    monkeypatch.setenv(kernels.SWITCH, switch)
+    prompts, group = torch.tensor([37, 5, 100]), torch.tensor([0, 2, 1, 0, 2, 2, 0])
+    place = torch.tensor([3, 0, 40, 1, 17, 2, 33])
+    cache = Cache(1)
+    for pair, count, tokens in ((cache.prompt[0], 3, 100), (cache.own[0], 7, 41)):
+        for seed, store in enumerate(pair):
+            store.reserve(count, tokens, torch.empty(kv, 1, width, dtype=dtype))
+            store.data.copy_(normal(*store.data.shape, seed=seed))
+    q, k, v = normal(heads, 7, width, seed=5), normal(kv, 7, width, seed=6), normal(kv, 7, width, seed=7, dtype=dtype)
+    keep = slice(None) if rows is None else rows
+    step = Decode(cache, group[keep], place[keep], prompts)
+    if rows is not None:
+        for store in cache.own[0]:
+            store.data = store.data.mT[rows].contiguous().mT if store.across else store.data[rows].contiguous()
+    out = step.attend(q[:, keep], k[:, keep], v[:, keep], window=window, scaling=width**-0.5, softcap=None, sinks=None)
+    return out.float(), [store.data.float() for store in cache.own[0]]
+
+
+@BOTH
+@pytest.mark.parametrize("heads, kv, width", [(9, 3, 64), (4, 4, 32), (14, 2, 64), (8, 1, 80), (6, 2, 128), (4, 1, 16)])
+@pytest.mark.parametrize("window", [None, 1, 20, 50])
+def test_a_decoding_step_is_that_of_plain_products(dtype, heads, kv, width, window, monkeypatch):
+    shape = {"heads": heads, "kv": kv, "width": width, "window": window}
+    ours, kept = attended(dtype, "on", monkeypatch, **shape)
+    theirs, plain = attended(dtype, "off", monkeypatch, **shape)
+    exact = dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=2e-6 if exact else 2e-2, rtol=1e-5 if exact else 2e-2)
+    assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
+
+
+@BOTH
+def test_a_row_of_a_step_does_not_depend_on_the_others(dtype, monkeypatch):
+    shape = {"heads": 9, "kv": 3, "width": 64, "window": None}
+    whole, _ = attended(dtype, "on", monkeypatch, **shape)
+    some = torch.tensor([1, 2, 6, 3])
+    part, _ = attended(dtype, "on", monkeypatch, **shape, rows=some)
+    assert torch.equal(part, whole[:, some])
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("with_added", [False, True])
+def test_norm(dtype, rows, with_added):
+    pointwise = kernels.find("pointwise")
+    states, weight = normal(rows, 72, seed=1) * 3, normal(72, seed=2)
+    added = normal(rows, 80, seed=3, dtype=dtype)[:, :72] if with_added else None
+    whole = states if added is None else states + added
+    true = F.rms_norm(whole.double(), (72,), weight.double(), 1e-5)
+    given = states.clone()
+    found = pointwise.add_norm(given, added, weight, 1e-5, dtype)
+    assert found.dtype == dtype and torch.equal(given, whole)
+    torch.testing.assert_close(found.double(), true.to(dtype).double(), rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@BOTH
+def test_rotary_embedding(dtype):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    heads, kv, width, rows = 6, 2, 32, 11
+    both = normal(rows, (heads + kv) * width + 5, seed=1, dtype=dtype)[:, : (heads + kv) * width]
+    angles = torch.cat([normal(rows, width // 2, seed=2)] * 2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    q, k = kernels.find("pointwise").turn(both, heads, kv, cos, sin)
+    apart = both.float().view(1, rows, heads + kv, width).transpose(1, 2)
+    true_q, true_k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(apart[:, :heads], apart[:, heads:], cos[None], sin[None]))
+    assert q.dtype == torch.float32 and k.dtype == dtype
+    torch.testing.assert_close(q, true_q, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(k, true_k.to(dtype), atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2)
+
+
+@BOTH
+def test_gated_activation(dtype):
+    both = normal(50, 2 * 96, seed=1, dtype=dtype) * 5
+    gate, up = both.split(96, 1)
+    found = kernels.find("pointwise").silu_gated(gate, up)
+    true = (F.silu(gate.double()) * up.double()).to(dtype)
+    torch.testing.assert_close(found, true, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+def test_nan_in_states_stays_nan():
+    pointwise = kernels.find("pointwise")
+    x = torch.tensor([[1.0, float("nan")]] * 3)
+    assert pointwise.add_norm(x.clone(), None, torch.ones(2), 1e-5, torch.float32).isnan().all()
+    assert pointwise.silu_gated(x, torch.ones_like(x))[:, 1].isnan().all()
+
+
+def test_switched_off_there_are_none(monkeypatch):
+    monkeypatch.setenv(kernels.SWITCH, "off")
+    assert kernels.find("pointwise") is None
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+from preftune import kernels
+assert kernels.find("pointwise") is None and kernels.find("decoding") is None
+"""
+
+
+def test_without_numba_there_are_none():
+    subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], check=True, timeout=120)
+
+
+COMPILED = """
+import os, stat, sys, torch
+from pathlib import Path
+from preftune import kernels
+x = torch.randn(4, 32)
+kernels.find("pointwise").silu_gated(x, x)
+home = Path(os.environ["PREFTUNE_CACHE"]) / "kernels"
+(folder,) = home.iterdir()
+assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+print(sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*.nbc")))
+"""
+
+
+def test_compiled_code_is_kept_for_the_next_run_and_for_the_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    run = lambda: subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120, capture_output=True, text=True).stdout
+    first = run()
+    assert "_gated32" in first and run() == first
+
+
+def test_parts_are_each_taken_once_by_several_threads():
+    from numba import njit
+
+    from preftune.kernels import launch, tiles
+
+    @njit
+    def mark(arguments):
+        given = tiles.at64(arguments)
+        while True:
+            part = launch.next_part(arguments)
+            if part >= given[2]:
+                break
+            tiles.at64(given[1])[part] += 1
+
+    def marked(arguments):
+        mark(arguments)
+
+    counts, kernel = torch.zeros(5000, dtype=torch.int64), launch.Kernel(marked)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(20):
+            kernel(counts.data_ptr(), len(counts))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(counts, torch.full_like(counts, 20))
