@@ -43,7 +43,7 @@ def test_exp_is_exact_to_one_unit_in_the_last_place_and_keeps_nan():
     edges = torch.tensor([float("nan"), -1e30, float("-inf"), 200.0])
     out = torch.empty_like(edges)
     scalar(tiles.exp)(edges.numpy(), out.numpy())
-    assert out[0].isnan() and (out[1:3] < 2e-38).all() and 1e38 < out[3] < float("inf")
+    assert out[0].isnan() and (out[1:3] == 0).all() and 1e38 < out[3] < float("inf")
 
 
 def test_bf16_is_rounded_as_pytorch_rounds_it():
@@ -143,11 +143,24 @@ def test_gated_activation(dtype):
     torch.testing.assert_close(found, true, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
 
 
+@BOTH
+@pytest.mark.parametrize("width", [1, 512, 700, 49152])
+def test_sums_of_exponentials(dtype, width):
+    logits = normal(5, width, seed=1, dtype=dtype) * 4
+    logits[2, width // 2] = float("-inf") if width > 1 else 1.0
+    top, sums = kernels.find("pointwise").exp_sums(logits, 512)
+    true = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
+    true = F.pad(true, (0, -width % 512)).view(5, -1, 512).sum(2)
+    assert torch.equal(top, logits.float().amax(1)) and sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), true, rtol=2e-6, atol=0)
+
+
 def test_nan_in_states_stays_nan():
     pointwise = kernels.find("pointwise")
     x = torch.tensor([[1.0, float("nan")]] * 3)
     assert pointwise.add_norm(x.clone(), None, torch.ones(2), 1e-5, torch.float32).isnan().all()
     assert pointwise.silu_gated(x, torch.ones_like(x))[:, 1].isnan().all()
+    assert pointwise.exp_sums(x, 512)[1].isnan().all()
 
 
 def test_switched_off_there_are_none(monkeypatch):
@@ -188,29 +201,33 @@ def test_compiled_code_is_kept_for_the_next_run_and_for_the_user_alone(tmp_path,
     assert "_gated32" in first and run() == first
 
 
-def test_parts_are_each_taken_once_by_several_threads():
+def test_parts_and_rows_are_each_taken_once_by_several_threads():
     from numba import njit
 
     from preftune.kernels import launch, tiles
 
     @njit
-    def mark(arguments):
-        given = tiles.at64(arguments)
+    def mark(address):
+        ask = launch.given(address)
         while True:
-            part = launch.next_part(arguments)
-            if part >= given[2]:
+            part = launch.next_part(address)
+            if part >= ask[2]:
                 break
-            tiles.at64(given[1])[part] += 1
+            tiles.at64(ask[0])[part] += 1
+        first, last = launch.my_share(address, ask[2])
+        for row in range(first, last):
+            tiles.at64(ask[1])[row] += 1
 
-    def marked(arguments):
-        mark(arguments)
+    def marked(address):
+        mark(address)
 
-    counts, kernel = torch.zeros(5000, dtype=torch.int64), launch.Kernel(marked)
+    parts, rows = torch.zeros(2, 5001, dtype=torch.int64)
+    kernel = launch.Kernel(marked)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for _ in range(20):
-            kernel(counts.data_ptr(), len(counts))
+            kernel(parts.data_ptr(), rows.data_ptr(), len(rows))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(counts, torch.full_like(counts, 20))
+    assert torch.equal(parts, torch.full_like(parts, 20)) and torch.equal(rows, parts)

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from preftune.kernels.launch import Kernel, bits, next_part
+from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.tiles import FAST, LANES, at32, at64, exp, memory, real, small_product
 
 _LOWEST = np.float32(-1e30)
@@ -21,19 +21,19 @@ def _step(half: bool) -> Any:
     size, get, put = memory(half)
 
     @njit(fastmath=FAST, error_model="numpy")
-    def step(arguments):
-        given = at64(arguments)
-        q, k, v, prompt_k, prompt_v, own_k, own_v, out = given[1], given[2], given[3], given[4], given[5], given[6], given[7], given[8]
-        order, starts, lengths, own = at64(given[9]), at64(given[10]), at64(given[11]), at64(given[12])
-        groups, heads, kv, d, places, own_places = given[13], given[14], given[15], given[16], given[17], given[18]
-        q_row, q_head, k_row, k_head, v_row, v_head = given[19], given[20], given[21], given[22], given[23], given[24]
-        window, most, width, scaling = given[25], given[26], given[27], real(given[28])
+    def step(address):
+        ask = given(address)
+        q, k, v, prompt_k, prompt_v, own_k, own_v, out = ask[0], ask[1], ask[2], ask[3], ask[4], ask[5], ask[6], ask[7]
+        order, starts, lengths, own = at64(ask[8]), at64(ask[9]), at64(ask[10]), at64(ask[11])
+        groups, heads, kv, d, places, own_places = ask[12], ask[13], ask[14], ask[15], ask[16], ask[17]
+        q_row, q_head, k_row, k_head, v_row, v_head = ask[18], ask[19], ask[20], ask[21], ask[22], ask[23]
+        window, most, width, scaling = ask[24], ask[25], ask[26], real(ask[27])
         shared = heads // kv
         queries = np.empty((most * shared, d), np.float32)
         weights = np.empty((most * shared, width), np.float32)
         result = np.empty((most * shared, d), np.float32)
         while True:
-            taken = next_part(arguments)
+            taken = next_part(address)
             if taken >= groups * kv:
                 break
             group, head = taken // kv, taken % kv
@@ -91,12 +91,12 @@ def _step(half: bool) -> Any:
 _on_halves, _on_floats = _step(True), _step(False)
 
 
-def _step16(arguments: int) -> None:
-    _on_halves(arguments)
+def _step16(address: int) -> None:
+    _on_halves(address)
 
 
-def _step32(arguments: int) -> None:
-    _on_floats(arguments)
+def _step32(address: int) -> None:
+    _on_floats(address)
 
 
 _STEPS = {torch.bfloat16: Kernel(_step16), torch.float32: Kernel(_step32)}

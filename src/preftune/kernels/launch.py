@@ -28,9 +28,10 @@ _SIGNATURE = types.void(types.int64)
 
 
 class Kernel:
-    """A function of the address of int64 arguments, run by all threads at once; each takes parts of the work by `next_part`.
+    """A function of one address, run by all threads at once; compiled at the first call, or read from the user's cache.
 
-    Argument 0 counts the parts taken, the others are those of the call. Compiled at the first call, or read from the user's cache.
+    `given` reads the arguments of the call there. A thread takes the rows that are its own by `my_share`, so that it finds in its core's
+    cache what it left there, or, where parts differ in size, one part after the other by `next_part`.
     """
 
     def __init__(self, function: Callable[[int], None]) -> None:
@@ -42,17 +43,54 @@ class Kernel:
         if not self._address:
             self._code = _compiled(self.function)  # kept: its memory goes with it
             self._address = self._code.address
-        data = array.array("q", (0, *arguments))
-        _openmp().GOMP_parallel(self._address, data.buffer_info()[0], torch.get_num_threads(), 0)
+        library, told = _openmp()
+        data = array.array("q", (*told, *arguments))
+        library.GOMP_parallel(self._address, data.buffer_info()[0], torch.get_num_threads(), 0)
+
+
+_INTEGER = ir.IntType(64)
+_TOLD = 3
+"""Numbers before the arguments: how many parts are taken, and where OpenMP says which thread this is and how many there are."""
 
 
 @intrinsic
-def next_part(context: Any, arguments: Any) -> Any:
+def given(context: Any, address: Any) -> Any:
+    """Pointer to the arguments of the call."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.inttoptr(builder.add(args[0], ir.Constant(_INTEGER, 8 * _TOLD)), _INTEGER.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+@intrinsic
+def my_share(context: Any, address: Any, rows: Any) -> Any:
+    """The first of this thread's rows, and the first that are not its own any more."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        told = builder.inttoptr(args[0], _INTEGER.as_pointer())
+
+        def ask(at: int) -> Any:
+            place = builder.load(builder.gep(told, [ir.Constant(_INTEGER, at)]))
+            function = builder.inttoptr(place, ir.FunctionType(ir.IntType(32), []).as_pointer())
+            return builder.sext(builder.call(function, []), _INTEGER)
+
+        thread, threads = ask(1), ask(2)
+        bound = lambda n: builder.sdiv(builder.mul(args[1], n), threads)
+        found = ir.Constant(ir.ArrayType(_INTEGER, 2), ir.Undefined)
+        found = builder.insert_value(found, bound(thread), 0)
+        return builder.insert_value(found, bound(builder.add(thread, ir.Constant(_INTEGER, 1))), 1)
+
+    return types.UniTuple(types.int64, 2)(types.int64, types.int64), generate
+
+
+@intrinsic
+def next_part(context: Any, address: Any) -> Any:
     """The number of a part that no thread has taken yet, from 0."""
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        counter = builder.inttoptr(args[0], _INTEGER.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(_INTEGER, 1), "monotonic")
 
     return types.int64(types.int64), generate
 
@@ -64,17 +102,20 @@ def bits(x: float) -> int:
 
 def probe() -> None:
     """Raise OSError or AttributeError where PyTorch's loops do not run on GNU OpenMP."""
-    _ = _openmp().GOMP_parallel
+    _openmp()
 
 
 @functools.cache
-def _openmp() -> Any:
-    """The OpenMP library that PyTorch has loaded."""
+def _openmp() -> tuple[Any, tuple[int, int, int]]:
+    """The OpenMP library that PyTorch has loaded, and what a kernel is told before its arguments."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
-        return library
+        thread, threads = (
+            ctypes.cast(one, ctypes.c_void_p).value or 0 for one in (library.omp_get_thread_num, library.omp_get_num_threads)
+        )
+        return library, (0, thread, threads)
     raise OSError("PyTorch does not bring GNU OpenMP")
 
 

@@ -90,13 +90,13 @@ def memory(half: bool) -> tuple[int, Any, Any]:
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _C7, _C6, _C5, _C4, _C3, _C2 = (np.float32(1 / f) for f in (5040, 720, 120, 24, 6, 2))
-_LOWEST, _HIGHEST, _ONE = np.float32(-87.0), np.float32(88.0), np.float32(1)
+_LOWEST, _HIGHEST, _ONE, _ZERO = np.float32(-87.0), np.float32(88.0), np.float32(1), np.float32(0)
 _SHIFT, _SHIFT_BITS = np.float32(1.5 * 2**23), np.int32(np.float32(1.5 * 2**23).view(np.int32))
 
 
 @njit(fastmath={"contract"})
 def exp(x: Any) -> Any:
-    """e^x to one unit in the last place, from e^-87 to e^88: 2^n times the Taylor series of the rest, which is at most ln(2) / 2.
+    """e^x to one unit in the last place, 0 below e^-87, e^88 above it: 2^n times the Taylor series of the rest, at most ln(2) / 2.
 
     Adding 1.5 * 2^23 leaves n, the nearest integer, in the last bits of a float; so no sum here may be reordered.
     """
@@ -105,7 +105,8 @@ def exp(x: Any) -> Any:
     n = shifted - _SHIFT
     r = near - n * _LN2_HIGH - n * _LN2_LOW
     series = ((((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2) * r + _ONE) * r + _ONE
-    return series * _float_of((_bits_of(shifted) - _SHIFT_BITS + np.int32(127)) << np.int32(23)) if x == x else x
+    found = series * _float_of((_bits_of(shifted) - _SHIFT_BITS + np.int32(127)) << np.int32(23))
+    return found if x >= _LOWEST else (_ZERO if x < _LOWEST else x)  # the last is NaN
 
 
 def _tile(rows: int, vectors: int, half: bool, fresh: bool) -> Any:

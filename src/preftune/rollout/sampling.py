@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from preftune.errors import UserError
+from preftune.kernels import find
 
 BLOCK = 64
 """Tokens whose probabilities are summed before the cumulative sum, which then runs over V / BLOCK sums and over one block."""
@@ -94,35 +95,52 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | Non
 
 @dataclass(frozen=True)
 class _Weights:
-    """Non-negative [B, blocks, BLOCK] weights and the [B, blocks] cumulative sums of whole blocks (float64)."""
+    """Non-negative [B, V] weights: [B, blocks] cumulative sums of whole blocks (float64), and [B, BLOCK] weights of a block of each row."""
 
-    blocks: Tensor
     ends: Tensor
+    block: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(cls, weights: Tensor) -> Self:
         if weights.shape[1] % BLOCK:
             weights = F.pad(weights, (0, BLOCK - weights.shape[1] % BLOCK))
         blocks = weights.view(len(weights), -1, BLOCK)
-        return cls(blocks, blocks.sum(2).double().cumsum(1))  # a sum of BLOCK numbers in fp32, then in float64: no copy of them all
+        rows = torch.arange(len(blocks), device=blocks.device)
+        # a sum of BLOCK numbers in fp32, then in float64: no copy of them all
+        return cls(blocks.sum(2).double().cumsum(1), lambda block: blocks[rows, block])
+
+    @classmethod
+    def of_sums(cls, sums: Tensor, logits: Tensor, top: Tensor) -> Self:
+        """Of exp(logits - top), where only the [B, blocks] sums of blocks are at hand."""
+
+        def block(which: Tensor) -> Tensor:
+            at = which.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=which.device)
+            there = logits.gather(1, at.clamp(max=logits.shape[1] - 1))
+            return (there - top.unsqueeze(1)).exp_().mul_(at < logits.shape[1])
+
+        return cls(sums.double().cumsum(1), block)
 
 
 def _weights(logits: Tensor) -> tuple[_Weights, Tensor]:
     """exp of [B, V] logits relative to their maximum, and their [B] log-sum-exp."""
-    top = logits.amax(1, keepdim=True)
-    weights = _Weights.of((logits - top).exp_())
-    return weights, weights.ends[:, -1].log().to(logits.dtype) + top.squeeze(1)
+    kernels = find("pointwise")
+    if kernels is not None and kernels.takes(logits):
+        top, sums = kernels.exp_sums(logits, BLOCK)
+        weights = _Weights.of_sums(sums, logits, top)
+    else:
+        top = logits.amax(1)
+        weights = _Weights.of((logits - top.unsqueeze(1)).exp_())
+    return weights, weights.ends[:, -1].log().to(logits.dtype) + top
 
 
 def _inverse_cdf(weights: _Weights, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """[B] index at which the cumulative sum of the weights passes `uniform` of its total, and that total (float64)."""
-    blocks, ends = weights.blocks, weights.ends
-    rows = len(blocks)
+    ends = weights.ends
     total = ends[:, -1]
     target = (uniform * total).unsqueeze(1)
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(rows, device=blocks.device), block.squeeze(1)]
+    inside = weights.block(block.squeeze(1))
     at = torch.searchsorted(inside.double().cumsum(1), target - before, right=True)
     last = BLOCK - 1 - inside.gt(0).flip(1).int().argmax(1, keepdim=True)  # rounding must not step past the last that can be drawn
     return (block * BLOCK + torch.minimum(at, last)).squeeze(1), total
