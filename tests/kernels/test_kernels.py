@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from preftune import kernels
+from preftune.models.attention import NAME, TreePlan
+from preftune.models.policy import LanguageModel
+from preftune.packing.batch import Layout, collate
 from preftune.rollout.cache import Cache, Decode
+from tests import tiny
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 pytestmark = pytest.mark.skipif(kernels.find("tiles") is None, reason="no compiled kernels on this machine")
@@ -144,6 +148,47 @@ def test_gated_activation(dtype):
 
 
 @BOTH
+def test_gradient_of_the_gated_activation(dtype):
+    gate, up = (normal(50, 2 * 96, seed=1, dtype=dtype) * 4).split(96, 1)
+    pull = normal(50, 100, seed=2, dtype=dtype)[:, :96]
+    inner, d_both = kernels.find("pointwise").silu_gated_back(gate, up, pull)
+    exact = [t.double().requires_grad_() for t in (gate, up)]
+    true = F.silu(exact[0]) * exact[1]
+    grads = torch.cat(torch.autograd.grad(true, exact, pull.double()), 1)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
+    torch.testing.assert_close(inner.double(), true.detach(), **close)
+    torch.testing.assert_close(d_both.double(), grads, **close)
+
+
+@BOTH
+@pytest.mark.parametrize("window", [None, 3])
+def test_softmax_of_a_tree(dtype, window):
+    mask = TreePlan(Layout(((9, (5, 1, 8)),))).dense_mask(0, window, torch.empty(0, dtype=dtype))
+    scores = normal(3, 4 * len(mask), len(mask), seed=1, dtype=dtype) * 5
+    exact = (scores.view(-1, *mask.shape).double() + mask.double()).softmax(-1).view(scores.shape)
+    found = kernels.find("pointwise").tree_softmax(scores, mask)
+    assert found is scores
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-30)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_a_model_has_the_same_gradients_with_and_without(kind, monkeypatch):
+    def step(switch):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        inner = tiny.model(kind)
+        inner.set_attn_implementation(NAME)
+        logp = LanguageModel(inner)(collate([tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2)]))
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+        return logp.detach(), {name: p.grad for name, p in inner.named_parameters() if p.grad is not None}
+
+    (ours, our_grads), (theirs, their_grads) = step("on"), step("off")
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert our_grads.keys() == their_grads.keys()
+    for name, grad in their_grads.items():
+        torch.testing.assert_close(our_grads[name], grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@BOTH
 @pytest.mark.parametrize("width", [1, 512, 700, 49152])
 def test_sums_of_exponentials(dtype, width):
     logits = normal(5, width, seed=1, dtype=dtype) * 4
@@ -199,6 +244,23 @@ def test_compiled_code_is_kept_for_the_next_run_and_for_the_user_alone(tmp_path,
     run = lambda: subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120, capture_output=True, text=True).stdout
     first = run()
     assert "_gated32" in first and run() == first
+
+
+def test_without_a_place_to_keep_code_it_is_compiled_for_the_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "file"))
+    code = "import torch; from preftune.kernels import find; x = torch.ones(2, 32); print(find('pointwise').silu_gated(x, x)[1, 5].item())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(0.7310586)
+
+
+def test_damaged_code_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
+    run = lambda: subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120, capture_output=True, text=True).stdout
+    run()
+    for path in tmp_path.rglob("*.nb[ci]"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert "_gated32" in run()
 
 
 def test_parts_and_rows_are_each_taken_once_by_several_threads():

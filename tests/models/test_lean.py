@@ -10,7 +10,7 @@ from torch import nn
 
 from preftune.models import lean
 from preftune.models.attention import _additive, _dense, _DenseTrees
-from preftune.models.lean import LeanLinear, _Feed, _LeanGated, _LeanNorm, _Products, _RootMeanSquare, make_lean
+from preftune.models.lean import LeanLinear, _Feed, _Gated, _LeanGated, _LeanNorm, _Products, _RootMeanSquare, make_lean
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import collate
@@ -31,6 +31,7 @@ def test_gradients_are_those_of_finite_differences():
     wide = (draw(8, 6), draw(4, 6), draw(4, 6), draw(8), None, draw(4))
     assert torch.autograd.gradcheck(lambda x, *p: _Products.apply(x, torch.float64, 3, *p), (x, *wide))
     assert torch.autograd.gradcheck(lambda *a: _Feed.apply(a[0], torch.float64, nn.SiLU(), *a[1:]), (x, draw(5, 6), draw(5, 6), draw(6, 5)))
+    assert torch.autograd.gradcheck(lambda g, u: _Gated.apply(g.mT, u, nn.SiLU()), (draw(2, 6, 3), draw(2, 3, 6)))
 
 
 def test_attention_of_whole_trees_equals_plain_products_and_finite_differences():

@@ -10,6 +10,7 @@ import array
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from numba.extending import intrinsic
 
 from preftune.home import cache_home
 
+log = logging.getLogger(__name__)
 _SIGNATURE = types.void(types.int64)
 
 
@@ -124,6 +126,9 @@ def _compiled(function: Callable[[int], None]) -> Any:
     try:
         numba.config.CACHE_DIR = _folder()
         return numba.cfunc(_SIGNATURE, cache=True)(function)
+    except Exception as error:  # no room, no right to write, or a file that something else has damaged: seconds lost, nothing more
+        log.info("a kernel is compiled for this run alone: %s", error)
+        return numba.cfunc(_SIGNATURE)(function)
     finally:
         numba.config.CACHE_DIR = kept
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from preftune.kernels.launch import Kernel, bits, given, my_share
 from preftune.kernels.tiles import FAST, at32, exp, memory, real
 
-_ONE = np.float32(1)
+_ONE, _ZERO, _LOWEST = np.float32(1), np.float32(0), np.float32(-3e38)
 
 
 def _norm(half: bool) -> Any:
@@ -86,9 +86,62 @@ def _gated(half: bool) -> Any:
             g, u, to = gate + size * row * gate_row, up + size * row * up_row, out + size * row * width
             for c in range(width):
                 x = get(g, c)
-                put(to, c, x / (_ONE + exp(-x)) * get(u, c))
+                put(to, c, x * (_ONE / (_ONE + exp(-x))) * get(u, c))
 
     return gated
+
+
+def _gated_back(half: bool) -> Any:
+    size, get, put = memory(half)
+
+    @njit(fastmath=FAST, error_model="numpy")
+    def gated_back(address):
+        ask = given(address)
+        gate, up, pull, inner, d_both = ask[0], ask[1], ask[2], ask[3], ask[4]
+        rows, width, gate_row, up_row, pull_row = ask[5], ask[6], ask[7], ask[8], ask[9]
+        first, last = my_share(address, rows)
+        for row in range(first, last):
+            g, u, p = gate + size * row * gate_row, up + size * row * up_row, pull + size * row * pull_row
+            to, d_gate = inner + size * row * width, d_both + size * row * 2 * width
+            d_up = d_gate + size * width
+            for c in range(width):
+                x, other, slope = get(g, c), get(u, c), get(p, c)
+                share = _ONE / (_ONE + exp(-x))
+                active = x * share
+                put(to, c, active * other)
+                put(d_up, c, slope * active)
+                put(d_gate, c, slope * other * share * (_ONE + x - active))
+
+    return gated_back
+
+
+def _tree_softmax(half: bool) -> Any:
+    size, get, put = memory(half)
+
+    @njit(fastmath=FAST, error_model="numpy")
+    def tree_softmax(address):
+        ask = given(address)
+        scores, mask, rows, width = ask[0], ask[1], ask[2], ask[3]
+        line = np.empty(width, np.float32)
+        first, last = my_share(address, rows)
+        for row in range(first, last):
+            at, hidden = scores + size * row * width, mask + size * (row % width) * width
+            seen = row % width + 1  # a token comes after all that it sees
+            highest = _LOWEST
+            for c in range(seen):
+                line[c] = get(at, c) + get(hidden, c)
+                highest = max(highest, line[c])
+            total = np.float32(0)
+            for c in range(seen):
+                line[c] = exp(line[c] - highest)
+                total += line[c]
+            inverse = _ONE / total
+            for c in range(seen):
+                put(at, c, line[c] * inverse)
+            for c in range(seen, width):
+                put(at, c, _ZERO)
+
+    return tree_softmax
 
 
 def _exp_sums(half: bool) -> Any:
@@ -116,9 +169,12 @@ def _exp_sums(half: bool) -> Any:
     return exp_sums
 
 
-_norm_halves, _norm_floats, _turn_halves, _turn_floats, _gated_halves, _gated_floats, _sums_halves, _sums_floats = (
-    make(half) for make in (_norm, _turn, _gated, _exp_sums) for half in (True, False)
-)
+_norm_halves, _norm_floats = _norm(True), _norm(False)
+_turn_halves, _turn_floats = _turn(True), _turn(False)
+_gated_halves, _gated_floats = _gated(True), _gated(False)
+_gated_back_halves, _gated_back_floats = _gated_back(True), _gated_back(False)
+_exp_sums_halves, _exp_sums_floats = _exp_sums(True), _exp_sums(False)
+_tree_softmax_halves, _tree_softmax_floats = _tree_softmax(True), _tree_softmax(False)
 
 
 def _norm16(address: int) -> None:
@@ -145,19 +201,36 @@ def _gated32(address: int) -> None:
     _gated_floats(address)
 
 
-def _sums16(address: int) -> None:
-    _sums_halves(address)
+def _gated_back16(address: int) -> None:
+    _gated_back_halves(address)
 
 
-def _sums32(address: int) -> None:
-    _sums_floats(address)
+def _gated_back32(address: int) -> None:
+    _gated_back_floats(address)
+
+
+def _exp_sums16(address: int) -> None:
+    _exp_sums_halves(address)
+
+
+def _exp_sums32(address: int) -> None:
+    _exp_sums_floats(address)
+
+
+def _tree_softmax16(address: int) -> None:
+    _tree_softmax_halves(address)
+
+
+def _tree_softmax32(address: int) -> None:
+    _tree_softmax_floats(address)
 
 
 _NORMS = {torch.bfloat16: Kernel(_norm16), torch.float32: Kernel(_norm32)}
 _TURNS = {torch.bfloat16: Kernel(_turn16), torch.float32: Kernel(_turn32)}
 _GATES = {torch.bfloat16: Kernel(_gated16), torch.float32: Kernel(_gated32)}
-
-_SUMS = {torch.bfloat16: Kernel(_sums16), torch.float32: Kernel(_sums32)}
+_GATES_BACK = {torch.bfloat16: Kernel(_gated_back16), torch.float32: Kernel(_gated_back32)}
+_SUMS = {torch.bfloat16: Kernel(_exp_sums16), torch.float32: Kernel(_exp_sums32)}
+_SOFTMAXES = {torch.bfloat16: Kernel(_tree_softmax16), torch.float32: Kernel(_tree_softmax32)}
 
 
 def takes(x: Tensor) -> bool:
@@ -190,6 +263,21 @@ def silu_gated(gate: Tensor, up: Tensor) -> Tensor:
     where = [x.data_ptr() for x in (gate, up, out)]
     _GATES[gate.dtype](*where, rows, width, gate.stride(0), up.stride(0))
     return out
+
+
+def silu_gated_back(gate: Tensor, up: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up of [T, F] each, and [T, 2 F]: the gradients of gate and of up side by side, from that of the product, `pull`."""
+    rows, width = gate.shape
+    inner, d_both = gate.new_empty((rows, width)), gate.new_empty((rows, 2 * width))
+    where = [x.data_ptr() for x in (gate, up, pull, inner, d_both)]
+    _GATES_BACK[gate.dtype](*where, rows, width, gate.stride(0), up.stride(0), pull.stride(0))
+    return inner, d_both
+
+
+def tree_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax, in place, of contiguous scores [H, n L, L] to which the additive mask [L, L] is added; no token sees one behind it."""
+    _SOFTMAXES[scores.dtype](scores.data_ptr(), mask.data_ptr(), scores.numel() // len(mask), len(mask))
+    return scores
 
 
 def exp_sums(logits: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from preftune.kernels import find
 from preftune.packing.batch import Layout
 
 NAME = "preftune_tree"
@@ -154,6 +155,10 @@ class _DenseTrees(torch.autograd.Function):
 def _weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     """[Hkv, groups * L, L] softmax of queries [Hkv, groups * L, d] over keys [Hkv, L, d] where the additive `mask` [L, L] lets them."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
+    kernels = find("pointwise")
+    if kernels is not None and kernels.takes(scores):
+        weights: Tensor = kernels.tree_softmax(scores, mask)
+        return weights
     scores.view(-1, *mask.shape).add_(mask)
     return torch.softmax(scores, -1)
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+
+from preftune.kernels import find
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one block that most architectures give the same states."""
@@ -69,14 +72,13 @@ def _times(rows: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return made if len(made) == len(weights) else made[0].split([len(w) for w in weights], 1)
 
 
-def _times_back(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Gradient of the rows, from those of their products with `weights`."""
-    ready = _cast(weights, grads[0].dtype)
-    if len(ready) < len(grads):
-        return torch.cat(list(grads), 1) @ ready[0]
-    d_rows = grads[0] @ ready[0]
-    for grad, weight in zip(grads[1:], ready[1:], strict=True):
-        d_rows.addmm_(grad, weight)
+def _times_back(grads: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Gradient of the rows, from those of their products with `weights`, side by side."""
+    ready = _cast(weights, grads.dtype)
+    d_rows: Tensor | None = None
+    for grad, weight in zip(grads.split([len(w) for w in ready], 1), ready, strict=True):
+        d_rows = grad @ weight if d_rows is None else d_rows.addmm_(grad, weight)
+    assert d_rows is not None
     return d_rows
 
 
@@ -112,7 +114,7 @@ class _Products(torch.autograd.Function):
         flat = [_flat(grad, ctx.compute) for grad in grads]
         need_x, _, _, *needed = ctx.needs_input_grad
         shape, dtype = ctx.like
-        d_x = _times_back(flat, weights).to(dtype).view(shape) if need_x else None
+        d_x = _times_back(torch.cat(flat, 1) if len(flat) > 1 else flat[0], weights).to(dtype).view(shape) if need_x else None
         found: list[Tensor | None] = [None] * len(needed)
         for i, grad in enumerate(flat):
             if needed[i]:
@@ -227,21 +229,62 @@ class _Feed(torch.autograd.Function):
         g, u = _times(rows, (gate, up))
         ctx.save_for_backward(rows, g, u, gate, up, down)
         ctx.act, ctx.like = act, (x.shape, x.dtype)
-        return ((act(g) * u) @ down.to(compute).T).view(x.shape)
+        return (_gated(act, g, u) @ down.to(compute).T).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, g, u, gate, up, down = ctx.saved_tensors
         grad = _flat(grad, rows.dtype)
         need_x, _, _, *needed = ctx.needs_input_grad
-        with torch.enable_grad():
-            g, u = (t.detach().requires_grad_() for t in (g, u))
-            inner = ctx.act(g) * u
-        d_g, d_u = torch.autograd.grad(inner, (g, u), grad @ down.to(grad.dtype))
-        pairs = ((d_g, rows), (d_u, rows), (grad, inner.detach()))
-        found = [(d.T @ read).to(down.dtype) if need else None for need, (d, read) in zip(needed, pairs, strict=True)]
+        inner, d_both = _gated_back(ctx.act, g, u, grad @ down.to(grad.dtype))
+        of_both: Tensor | tuple[None, None] = (d_both.T @ rows).to(gate.dtype) if any(needed[:2]) else (None, None)
+        d_gate, d_up = of_both.chunk(2) if isinstance(of_both, Tensor) else of_both
+        d_down = (grad.T @ inner).to(down.dtype) if needed[2] else None
         shape, dtype = ctx.like
-        return _times_back((d_g, d_u), (gate, up)).to(dtype).view(shape) if need_x else None, None, None, *found
+        d_x = _times_back(d_both, (gate, up)).to(dtype).view(shape) if need_x else None
+        return d_x, None, None, d_gate if needed[0] else None, d_up if needed[1] else None, d_down
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up of [.., I] each, computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return _gated(act, *(t.contiguous().flatten(0, -2) for t in (gate, up))).view(gate.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        _, d_both = _gated_back(ctx.act, *(t.contiguous().flatten(0, -2) for t in (gate, up, grad)))
+        d_gate, d_up = d_both.chunk(2, 1)
+        return d_gate.reshape(gate.shape), d_up.reshape(up.shape), None
+
+
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up, of [T, I] each."""
+    kernels = gate_kernels(act, gate)
+    made: Tensor = act(gate) * up if kernels is None else kernels.silu_gated(gate, up)
+    return made
+
+
+def _gated_back(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+    """act(gate) * up again, and [T, 2 I]: the gradients of gate and of up side by side, from that of the product."""
+    kernels = gate_kernels(act, gate)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.silu_gated_back(gate, up, pull)
+        return found
+    with torch.enable_grad():
+        gate, up = (t.detach().requires_grad_() for t in (gate, up))
+        inner = act(gate) * up
+    return inner.detach(), torch.cat(torch.autograd.grad(inner, (gate, up), pull), 1)
+
+
+def gate_kernels(act: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """The kernels, where they can do this activation of `x`."""
+    kernels = find("pointwise") if isinstance(act, SiLUActivation | nn.SiLU) else None
+    return kernels if kernels is not None and kernels.takes(x) else None
 
 
 class _LeanGated(nn.Module):
@@ -265,7 +308,7 @@ class _LeanGated(nn.Module):
         """[.., D] to [.., D]."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if any(type(layer) is not LeanLinear or type(layer.joined) is not Joined for layer in layers):  # an adapter, or prepared to sample
-            return super().forward(x)
+            return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
         return _Feed.apply(x, compute_type(x), self.act_fn, *(layer.weight for layer in layers))
 
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.activations import SiLUActivation
+from torch import Tensor
 
 from preftune.kernels import find
 from preftune.models.attention import Plan, TreePlan
-from preftune.models.lean import LeanLinear, compute_type, is_lean_gated, is_lean_norm
+from preftune.models.lean import LeanLinear, compute_type, gate_kernels, is_lean_gated, is_lean_norm
 from preftune.models.policy import TOLERANCE, Backbone
 from preftune.packing.batch import Layout
 from preftune.rollout.weights import Together
@@ -86,7 +85,7 @@ class Decoder:
             q, k, v = _turned(kernels, layer.attention, _norm(kernels, layer.before, states, added), *angles)
             seen = plan.attend(q, k, v, **layer.options)
             added = layer.attention.o_proj(seen.transpose(0, 1).reshape(len(states), -1))
-            added = _fed(kernels, layer.feed, _norm(kernels, layer.between, states, added))
+            added = _fed(layer.feed, _norm(kernels, layer.between, states, added))
         return _norm(None, self.inner.norm, states, added)
 
 
@@ -120,12 +119,11 @@ def _norm(kernels: Any, norm: Any, states: Tensor, added: Tensor | None) -> Tens
     return (states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + norm.eps_)).mul_(norm.weight)
 
 
-def _fed(kernels: Any, feed: Any, x: Tensor) -> Tensor:
+def _fed(feed: Any, x: Tensor) -> Tensor:
     """What the feed-forward block adds, [T, D] of [T, D]."""
     gate, up = feed.gate_proj(x), feed.up_proj(x)
-    if kernels is not None and isinstance(feed.act_fn, SiLUActivation | nn.SiLU) and kernels.takes(gate):
-        return feed.down_proj(kernels.silu_gated(gate, up))
-    return feed.down_proj(feed.act_fn(gate).mul_(up))
+    kernels = gate_kernels(feed.act_fn, gate)
+    return feed.down_proj(feed.act_fn(gate).mul_(up) if kernels is None else kernels.silu_gated(gate, up))
 
 
 def _turned(kernels: Any, attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
