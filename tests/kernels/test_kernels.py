@@ -14,6 +14,7 @@ from preftune.models.attention import NAME, TreePlan
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import Layout, collate
 from preftune.rollout.cache import Cache, Decode
+from preftune.rollout.sampling import Sampling, draw
 from tests import tiny
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,6 +199,13 @@ def test_sums_of_exponentials(dtype, width):
     true = F.pad(true, (0, -width % 512)).view(5, -1, 512).sum(2)
     assert torch.equal(top, logits.float().amax(1)) and sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), true, rtol=2e-6, atol=0)
+
+
+def test_the_last_number_below_one_draws_a_token_that_exists():
+    """The sums of blocks and the block drawn from are rounded apart, and the vocabulary ends inside a block."""
+    logits, uniform = normal(500, 70, seed=3), torch.full((500,), 1 - 2**-53, dtype=torch.float64)
+    tokens, _, drawn = draw(logits, uniform, Sampling(max_new_tokens=1))
+    assert int(tokens.max()) == 69 and bool(drawn.isfinite().all())
 
 
 def test_nan_in_states_stays_nan():
