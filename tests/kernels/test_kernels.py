@@ -254,12 +254,60 @@ def test_compiled_code_is_kept_for_the_next_run_and_for_the_user_alone(tmp_path,
     assert "_gated32" in first and run() == first
 
 
+SAME_BYTES = """
+import hashlib, torch
+from preftune.kernels import find
+p, d = find("pointwise"), find("decoding")
+torch.set_num_threads(1)
+x, u = (torch.randn(50, 96, generator=torch.Generator().manual_seed(n)) * 3 for n in (0, 1))
+mask = torch.zeros(20, 20).masked_fill_(torch.ones(20, 20).triu(1).bool(), -1e30)
+cache = torch.randn(2, 1, 16, 32), torch.randn(2, 1, 32, 16)
+own = torch.randn(2, 1, 16, 32).fill_(0.5), torch.randn(2, 1, 32, 16).fill_(0.3)
+cache = tuple(t.copy_(torch.linspace(-1, 1, t.numel()).view(t.shape).sin()) for t in cache)
+q, kv, at = x[:8].view(2, 4, 96)[:, :2, :16].contiguous(), u[:2, :16][None].contiguous(), torch.tensor([3, 20])
+one = lambda *n: torch.tensor(n)
+found = [
+    p.silu_gated(x, u), *p.silu_gated_back(x, u, u), p.add_norm(x.clone(), u, u[0], 1e-5, torch.float32), *p.exp_sums(x, 64),
+    p.tree_softmax(x[:, :80].contiguous().view(10, 20, 20), mask), *p.turn(x, 4, 2, u[:, :16].contiguous(), u[:, 16:32].contiguous()),
+    d.step(q, kv, kv, cache, own, one(0, 1), one(0, 1, 2), one(30, 17), at, most=1, longest=(30, 21), window=None, scaling=0.25),
+]
+print([hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in found])
+"""
+
+
+def test_code_as_compiled_and_code_as_kept_give_the_same_bytes(tmp_path, monkeypatch):
+    """Else a run that is killed in its first minute would not go on as it began."""
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
+    run = lambda: subprocess.run([sys.executable, "-c", SAME_BYTES], check=True, timeout=120, capture_output=True, text=True).stdout
+    assert run() == run()
+
+
 def test_without_a_place_to_keep_code_it_is_compiled_for_the_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "file"))
     code = "import torch; from preftune.kernels import find; x = torch.ones(2, 32); print(find('pointwise').silu_gated(x, x)[1, 5].item())"
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
     assert float(done.stdout) == pytest.approx(0.7310586)
+
+
+OPEN_TO_ALL = """
+import sys
+from pathlib import Path
+from preftune.kernels import launch
+real = Path.mkdir
+Path.mkdir = lambda self, *args, **options: (real(self, *args, **options), self.chmod(0o777))
+import torch
+from preftune import kernels
+x = torch.ones(2, 32)
+kernels.find("pointwise").silu_gated(x, x)
+print(len(list(Path(sys.argv[1]).rglob("*.nb?"))))
+"""
+
+
+def test_code_is_not_kept_nor_read_where_others_may_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", OPEN_TO_ALL, str(tmp_path)], check=True, timeout=120, capture_output=True, text=True)
+    assert int(done.stdout) == 0
 
 
 def test_damaged_code_is_compiled_anew(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, bits, given, next_part
-from preftune.kernels.tiles import FAST, LANES, at32, at64, exp, memory, real, small_product
+from preftune.kernels.tiles import LANES, at32, at64, exp, memory, real, small_product
 
 _LOWEST = np.float32(-1e30)
 
@@ -20,7 +20,7 @@ def _step(half: bool) -> Any:
     scores, weighted = small_product(half, True), small_product(half, False)
     size, get, put = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def step(address):
         ask = given(address)
         q, k, v, prompt_k, prompt_v, own_k, own_v, out = ask[0], ask[1], ask[2], ask[3], ask[4], ask[5], ask[6], ask[7]

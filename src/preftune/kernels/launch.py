@@ -27,6 +27,12 @@ from preftune.home import cache_home
 
 log = logging.getLogger(__name__)
 _SIGNATURE = types.void(types.int64)
+_OPTIONS: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy"}
+"""Liberties taken with sums and products, infinities and NaN keep their meaning; and no check before each division.
+
+What a kernel calls must be inlined before it is compiled (`inline="always"`), where it has a sum that may be reordered: numba compiles a
+function that is called on its own, too, in another order, and which of the two runs depends on whether the code was compiled or read.
+"""
 
 
 class Kernel:
@@ -125,20 +131,23 @@ def _compiled(function: Callable[[int], None]) -> Any:
     kept = numba.config.CACHE_DIR
     try:
         numba.config.CACHE_DIR = _folder()
-        return numba.cfunc(_SIGNATURE, cache=True)(function)
+        return numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(function)
     except Exception as error:  # no room, no right to write, or a file that something else has damaged: seconds lost, nothing more
         log.info("a kernel is compiled for this run alone: %s", error)
-        return numba.cfunc(_SIGNATURE)(function)
+        return numba.cfunc(_SIGNATURE, **_OPTIONS)(function)
     finally:
         numba.config.CACHE_DIR = kept
 
 
 @functools.cache
 def _folder() -> str:
-    """Where compiled code is kept, by the sources and versions it comes from; for the user's eyes alone, it is code to be run."""
+    """Where compiled code is kept, by the sources and versions it comes from; it will be run, so nobody else may write there."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     versions = f"{numba.__version__} {llvmlite.__version__}".encode()
     key = hashlib.sha256(b"\0".join([versions, *(source.read_bytes() for source in sources)])).hexdigest()[:16]
     folder = cache_home() / "kernels" / key
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"others may write to {folder}")
     return str(folder)

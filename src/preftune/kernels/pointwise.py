@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, bits, given, my_share
-from preftune.kernels.tiles import FAST, at32, exp, memory, real
+from preftune.kernels.tiles import at32, exp, memory, real
 
 _ONE, _ZERO, _LOWEST = np.float32(1), np.float32(0), np.float32(-3e38)
 
@@ -18,7 +18,7 @@ _ONE, _ZERO, _LOWEST = np.float32(1), np.float32(0), np.float32(-3e38)
 def _norm(half: bool) -> Any:
     size, get, put = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def norm(address):
         ask = given(address)
         states, added, weight, out = ask[0], ask[1], at32(ask[2]), ask[3]
@@ -45,7 +45,7 @@ def _norm(half: bool) -> Any:
 def _turn(half: bool) -> Any:
     size, get, put = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def turn(address):
         ask = given(address)
         both, cos, sin, q, k = ask[0], ask[1], ask[2], ask[3], ask[4]
@@ -76,7 +76,7 @@ def _turn(half: bool) -> Any:
 def _gated(half: bool) -> Any:
     size, get, put = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def gated(address):
         ask = given(address)
         gate, up, out = ask[0], ask[1], ask[2]
@@ -94,7 +94,7 @@ def _gated(half: bool) -> Any:
 def _gated_back(half: bool) -> Any:
     size, get, put = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def gated_back(address):
         ask = given(address)
         gate, up, pull, inner, d_both = ask[0], ask[1], ask[2], ask[3], ask[4]
@@ -118,7 +118,7 @@ def _gated_back(half: bool) -> Any:
 def _tree_softmax(half: bool) -> Any:
     size, get, put = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def tree_softmax(address):
         ask = given(address)
         scores, mask, rows, width = ask[0], ask[1], ask[2], ask[3]
@@ -147,7 +147,7 @@ def _tree_softmax(half: bool) -> Any:
 def _exp_sums(half: bool) -> Any:
     size, get, _ = memory(half)
 
-    @njit(fastmath=FAST, error_model="numpy")
+    @njit(inline="always")
     def exp_sums(address):
         ask = given(address)
         logits, top, sums = ask[0], at32(ask[1]), ask[2]

@@ -16,8 +16,6 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Floats of one vector."""
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-"""Liberties taken with sums and products; infinities and NaN keep their meaning."""
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _HALVES, _INTS = (ir.VectorType(kind, LANES) for kind in (_F32, _I16, _I32))
