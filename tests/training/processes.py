@@ -15,6 +15,8 @@ _context.set_forkserver_preload(
         "preftune.training.run",
         "preftune.online.run",
         "preftune.cli.main",
+        "preftune.kernels.decoding",
+        "preftune.kernels.pointwise",
         "transformers.models.llama.modeling_llama",
         "peft",
         "tests.tiny",
