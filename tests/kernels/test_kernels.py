@@ -249,9 +249,25 @@ print(sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*.nbc")))
 def test_compiled_code_is_kept_for_the_next_run_and_for_the_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
     monkeypatch.delenv(kernels.SWITCH, raising=False)
-    run = lambda: subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120, capture_output=True, text=True).stdout
-    first = run()
-    assert "_gated32" in first and run() == first
+    run = lambda: subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120, capture_output=True, text=True)
+    first, second = run(), run()
+    assert "_gated32" in first.stdout and second.stdout == first.stdout
+    assert "Compiling" in first.stderr and second.stderr == ""
+
+
+def test_what_older_versions_compiled_is_removed_in_the_end(tmp_path, monkeypatch):
+    from preftune.kernels import launch
+
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "cache"))
+    kept, old, new = tmp_path / "elsewhere", tmp_path / "cache/kernels/old", tmp_path / "cache/kernels/new"
+    for folder in (kept, old, new):
+        folder.mkdir(parents=True)
+        (folder / "code.nbc").touch()
+    (tmp_path / "cache/kernels/link").symlink_to(kept)
+    for folder in (kept, old):
+        os.utime(folder, (0, 0))
+    launch._folder.__wrapped__()
+    assert not old.exists() and (new / "code.nbc").exists() and (kept / "code.nbc").exists()
 
 
 SAME_BYTES = """

@@ -7,11 +7,14 @@ after its work is done, on the cores that the other needs.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from preftune.home import cache_home
 
 log = logging.getLogger(__name__)
 _SIGNATURE = types.void(types.int64)
+_KEPT_DAYS = 30
 _OPTIONS: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy"}
 """Liberties taken with sums and products, infinities and NaN keep their meaning; and no check before each division.
 
@@ -146,8 +150,19 @@ def _folder() -> str:
     versions = f"{numba.__version__} {llvmlite.__version__}".encode()
     key = hashlib.sha256(b"\0".join([versions, *(source.read_bytes() for source in sources)])).hexdigest()[:16]
     folder = cache_home() / "kernels" / key
+    if not folder.exists():
+        log.warning("Compiling for this machine's CPU, once: some seconds.")
+        _remove_old(folder.parent)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise OSError(f"others may write to {folder}")
     return str(folder)
+
+
+def _remove_old(home: Path) -> None:
+    """Remove what other versions compiled more than `_KEPT_DAYS` ago; one that still runs compiles again."""
+    for old in home.glob("*"):
+        with contextlib.suppress(OSError):
+            if old.is_dir() and not old.is_symlink() and time.time() - old.stat().st_mtime > _KEPT_DAYS * 86400:
+                shutil.rmtree(old)

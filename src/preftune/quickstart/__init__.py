@@ -127,6 +127,7 @@ def _evaluate(output: Path, base: Path, console: Console) -> dict[str, Any]:
                 own = token_logps(model, samples)
                 shown.at(done := done + 1)
             del model
+            gc.collect()  # a model's cycles keep its mapped file in memory
         reference = _language_model(models["sft"])
         kl = sequence_kl(own, token_logps(reference, samples))
         del reference
