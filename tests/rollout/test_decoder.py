@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from preftune.models import load
 from preftune.models.attention import NAME, TreePlan
+from preftune.models.lean import is_lean_gated
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import Layout
 from preftune.rollout.decoder import Decoder
@@ -70,3 +72,14 @@ def test_an_adapter_is_left_to_its_library():
     Adapter(model.hf, rank=2, alpha=4, dropout=0.0, targets=("q_proj", "down_proj"))
     ours, _ = both(model)
     assert ours is None
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_real_small_model_is_lean_and_goes_by_hand(compute):
+    """Its states hold a few numbers a thousand times the others; a comparison number by number took rounding there for another block."""
+    model = LanguageModel(load.load_causal_lm(load.locate("smollm2")), compute=compute)
+    assert all(is_lean_gated(layer.mlp) for layer in model.hf.model.layers)
+    with prepared(model.hf, compute), model.backbone.precision():
+        assert len(Decoder(model.backbone).layers) == 30
