@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -273,7 +274,7 @@ def test_what_older_versions_compiled_is_removed_in_the_end(tmp_path, monkeypatc
 SAME_BYTES = """
 import hashlib, torch
 from preftune.kernels import find
-p, d = find("pointwise"), find("decoding")
+p, d, t = find("pointwise"), find("decoding"), find("trees")
 torch.set_num_threads(1)
 x, u = (torch.randn(50, 96, generator=torch.Generator().manual_seed(n)) * 3 for n in (0, 1))
 mask = torch.zeros(20, 20).masked_fill_(torch.ones(20, 20).triu(1).bool(), -1e30)
@@ -287,7 +288,11 @@ found = [
     p.tree_softmax(x[:, :80].contiguous().view(10, 20, 20), mask), *p.turn(x, 4, 2, u[:, :16].contiguous(), u[:, 16:32].contiguous()),
     d.step(q, kv, kv, cache, own, one(0, 1), one(0, 1, 2), one(30, 17), at, most=1, longest=(30, 21), window=None, scaling=0.25),
 ]
-print([hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in found])
+if t.multiplies_pairs():
+    parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
+    made, stats = t.forward(*parts, [(10, (25, 15))], None)
+    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, [(10, (25, 15))], None))]
+print([hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found])
 """
 
 
@@ -296,6 +301,44 @@ def test_code_as_compiled_and_code_as_kept_give_the_same_bytes(tmp_path, monkeyp
     monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
     run = lambda: subprocess.run([sys.executable, "-c", SAME_BYTES], check=True, timeout=120, capture_output=True, text=True).stdout
     assert run() == run()
+
+
+ONE_OF_TWO = """
+import hashlib, sys, torch
+from preftune.kernels import find
+x = lambda h: torch.linspace(-1, 1, h * 90 * 32).sin().view(h, 90, 32).bfloat16()
+for name in sys.argv[1]:
+    if name == "d":
+        cache = [torch.linspace(-1, 1, 1024).sin().view(shape).bfloat16() for shape in ((2, 1, 16, 32), (2, 1, 32, 16))] * 2
+        one = lambda *n: torch.tensor(n)
+        q, kv = x(2)[:, :2, :16].float(), x(1)[:, :2, :16]
+        told = cache[:2], [x.clone() for x in cache[2:]], one(0, 1), one(0, 1, 2), one(30, 17), one(3, 20)
+        made = find("decoding").step(q, kv, kv, *told, most=1, longest=(30, 21), window=None, scaling=0.25)
+    else:
+        made, _ = find("trees").forward(x(4), x(2), x(2), [(40, (30, 20))], None)
+print(hashlib.sha256(made.float().contiguous().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_functions_are_told_apart_by_their_names(tmp_path, monkeypatch):
+    """Compiled functions are linked by name, with a number that counts from one in each process; code that was kept brings its numbers.
+
+    Of two different functions by one name and number, one would run for both: so the names alone must do.
+    """
+    if not find_trees():
+        pytest.skip("no AVX512-BF16")
+    same = "import itertools; from numba.core.bytecode import FunctionIdentity as F; F._unique_ids = itertools.repeat(7)\n"
+    found = []
+    for start in ("", same):
+        monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / str(len(start))))
+        command = [sys.executable, "-c", start + ONE_OF_TWO]
+        found += [subprocess.run([*command, k], check=True, timeout=120, capture_output=True, text=True).stdout for k in ("t", "d", "td")]
+    assert found[:2] == found[3:5] and found[2] == found[5]
+
+
+def find_trees():
+    trees = kernels.find("trees")
+    return trees is not None and trees.multiplies_pairs()
 
 
 def test_without_a_place_to_keep_code_it_is_compiled_for_the_run(tmp_path, monkeypatch):

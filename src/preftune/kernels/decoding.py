@@ -10,14 +10,14 @@ from numba import njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, bits, given, next_part
-from preftune.kernels.tiles import LANES, at32, at64, exp, memory, real, small_product
+from preftune.kernels.tiles import FLOATS, HALVES, LANES, at32, at64, exp, memory, real, small_product
 
 _LOWEST = np.float32(-1e30)
 
 
 def _step(half: bool) -> Any:
     """A step with keys and values in bf16 or float; a part of it is one group of rows and one head of keys."""
-    scores, weighted = small_product(half, True), small_product(half, False)
+    scores, weighted = (small_product(HALVES if half else FLOATS, fresh) for fresh in (True, False))
     size, get, put = memory(half)
 
     @njit(inline="always")

@@ -6,10 +6,11 @@ therefore written with vectors of sixteen. All of it is portable LLVM: a CPU wit
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -41,6 +42,12 @@ def at16(context: Any, address: Any) -> Any:
 def at32(context: Any, address: Any) -> Any:
     """Pointer to floats."""
     return types.CPointer(types.float32)(types.int64), lambda _, builder, __, args: builder.inttoptr(args[0], _F32.as_pointer())
+
+
+@intrinsic
+def at32i(context: Any, address: Any) -> Any:
+    """Pointer to pairs of bf16 numbers, as their bits."""
+    return types.CPointer(types.int32)(types.int64), lambda _, builder, __, args: builder.inttoptr(args[0], _I32.as_pointer())
 
 
 @intrinsic
@@ -107,10 +114,99 @@ def exp(x: Any) -> Any:
     return found if x >= _LOWEST else (_ZERO if x < _LOWEST else x)  # the last is NaN
 
 
-def _tile(rows: int, vectors: int, half: bool, fresh: bool) -> Any:
+@intrinsic
+def highest(context: Any, address: Any, n: Any, least: Any) -> Any:
+    """The largest of n floats and `least`; NaN is passed over. LLVM makes no vectors of this by itself, as NaN might be anywhere."""
+
+    def larger(builder: Any, one: Any, other: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        address, n, least = args
+        number = lambda n: ir.Constant(_I64, n)
+        place = lambda at, kind: builder.inttoptr(builder.add(address, builder.mul(at, number(4))), kind.as_pointer())
+        kept, found = cgutils.alloca_once(builder, _FLOATS), cgutils.alloca_once(builder, _F32)
+        spread = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), least, ir.Constant(_I32, 0))
+        builder.store(builder.shuffle_vector(spread, spread, ir.Constant(_INTS, [0] * LANES)), kept)
+        whole = builder.sdiv(n, number(LANES))
+        with cgutils.for_range(builder, whole) as loop:
+            line = builder.load(place(builder.mul(loop.index, number(LANES)), _FLOATS), align=4)
+            builder.store(larger(builder, line, builder.load(kept)), kept)
+        lanes, half = builder.load(kept), LANES // 2
+        while half:
+            moved = builder.shuffle_vector(lanes, lanes, ir.Constant(_INTS, [(lane + half) % LANES for lane in range(LANES)]))
+            lanes, half = larger(builder, lanes, moved), half // 2
+        builder.store(builder.extract_element(lanes, ir.Constant(_I32, 0)), found)
+        with cgutils.for_range_slice(builder, builder.mul(whole, number(LANES)), n, number(1)) as (at, _):
+            builder.store(larger(builder, builder.load(place(at, _F32), align=4), builder.load(found)), found)
+        return builder.load(found)
+
+    return types.float32(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def fill(typing: Any, address: Any, n: Any, value: Any) -> Any:
+    """Write n floats of one value, the last of them through a mask."""
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        address, n, value = args
+        number = lambda n: ir.Constant(_I64, n)
+        place = lambda at: builder.inttoptr(builder.add(address, builder.mul(at, number(4 * LANES))), _FLOATS.as_pointer())
+        spread = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_I32, 0))
+        spread = builder.shuffle_vector(spread, spread, ir.Constant(_INTS, [0] * LANES))
+        some = builder.select(builder.icmp_signed(">", n, number(0)), n, number(0))
+        whole = builder.sdiv(some, number(LANES))
+        with cgutils.for_range(builder, whole) as loop:
+            builder.store(spread, place(loop.index), align=4)
+        left = builder.trunc(builder.srem(some, number(LANES)), _I32)
+        left = builder.insert_element(ir.Constant(_INTS, ir.Undefined), left, ir.Constant(_I32, 0))
+        left = builder.shuffle_vector(left, left, ir.Constant(_INTS, [0] * LANES))
+        mask = builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), left)
+        kind = ir.FunctionType(ir.VoidType(), [_FLOATS, _FLOATS.as_pointer(), _I32, mask.type])
+        store = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v16f32.p0")
+        builder.call(store, [spread, place(whole), ir.Constant(_I32, 4), mask])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+class _BrainFloat(ir.Type):
+    """bf16, which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BrainFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BrainFloat)
+
+
+_PAIRS = ir.VectorType(_BrainFloat(), 2 * LANES)
+
+
+@functools.cache
+def multiplies_pairs() -> bool:
+    """Whether this CPU multiplies bf16 by pairs (AVX512-BF16), and has no unit for whole tiles (AMX), which PyTorch would use."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
+
+
+@njit(inline="always")
+def paired(low: Any, high: Any) -> Any:
+    """Two bf16 numbers, as their bits, as one int32."""
+    return (np.int32(high) << np.int32(16)) | (np.int32(low) & np.int32(0xFFFF))
+
+
+FLOATS, HALVES, PAIRS = "floats", "halves", "pairs"
+"""What a product reads of its right side: floats, bf16, or, of both sides, two bf16 that follow each other along k in one int32."""
+
+
+def _tile(rows: int, vectors: int, numbers: str, fresh: bool) -> Any:
     """Product of a few rows: c [rows, 16 * vectors] (+)= a [rows, k] @ b [k, 16 * vectors], all of c in registers.
 
-    Arguments are addresses and row lengths in numbers; `b` is bf16 where `half`, else float. `fresh` starts from zero.
+    Arguments are addresses and row lengths in numbers (or pairs of them); `fresh` starts from zero.
     """
 
     def place(builder: Any, base: Any, offset: Any, kind: Any, size: int) -> Any:
@@ -119,7 +215,13 @@ def _tile(rows: int, vectors: int, half: bool, fresh: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a, a_row, b, b_row, c, c_row, k = args
         number = lambda n: ir.Constant(_I64, n)
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
+        if numbers == PAIRS:
+            kind, name = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
+        else:
+            kind, name = ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        add = lambda left, right, sum: builder.call(function, [sum, left, right] if numbers == PAIRS else [left, right, sum])
+        one_of, all_of = (_I32, _INTS) if numbers == PAIRS else (_F32, _FLOATS)
         cells = [(i, w) for i in range(rows) for w in range(vectors)]
         kept = {cell: cgutils.alloca_once(builder, _FLOATS) for cell in cells}
         home = {(i, w): place(builder, c, builder.add(builder.mul(c_row, number(i)), number(LANES * w)), _FLOATS, 4) for i, w in cells}
@@ -129,18 +231,21 @@ def _tile(rows: int, vectors: int, half: bool, fresh: bool) -> Any:
             right = []
             for w in range(vectors):
                 offset = builder.add(builder.mul(b_row, loop.index), number(LANES * w))
-                if half:
+                if numbers == PAIRS:
+                    right.append(builder.bitcast(builder.load(place(builder, b, offset, _INTS, 4), align=4), _PAIRS))
+                elif numbers == HALVES:
                     bits = builder.zext(builder.load(place(builder, b, offset, _HALVES, 2), align=2), _INTS)
                     right.append(builder.bitcast(builder.shl(bits, ir.Constant(_INTS, [16] * LANES)), _FLOATS))
                 else:
                     right.append(builder.load(place(builder, b, offset, _FLOATS, 4), align=4))
             for i in range(rows):
-                one = builder.load(place(builder, a, builder.add(builder.mul(a_row, number(i)), loop.index), _F32, 4), align=4)
-                nothing = ir.Constant(_FLOATS, ir.Undefined)
+                one = builder.load(place(builder, a, builder.add(builder.mul(a_row, number(i)), loop.index), one_of, 4), align=4)
+                nothing = ir.Constant(all_of, ir.Undefined)
                 left = builder.insert_element(nothing, one, ir.Constant(_I32, 0))
                 left = builder.shuffle_vector(left, nothing, ir.Constant(_INTS, [0] * LANES))
+                left = builder.bitcast(left, _PAIRS) if numbers == PAIRS else left
                 for w in range(vectors):
-                    builder.store(builder.call(fma, [left, right[w], builder.load(kept[i, w])]), kept[i, w])
+                    builder.store(add(left, right[w], builder.load(kept[i, w])), kept[i, w])
         for cell in cells:
             builder.store(builder.load(kept[cell]), home[cell], align=4)
         return context.get_dummy_value()
@@ -152,17 +257,30 @@ def _tile(rows: int, vectors: int, half: bool, fresh: bool) -> Any:
     return tile
 
 
-def small_product(half: bool, fresh: bool) -> Any:
+def _named(name: str) -> Any:
+    """Compile a function under a name of its own.
+
+    Compiled functions are linked by name, also those that were compiled elsewhere and kept: of two by one name, one would run for both.
+    """
+
+    def named(function: Any) -> Any:
+        function.__name__ = function.__qualname__ = name
+        return njit(function)
+
+    return named
+
+
+def small_product(numbers: str, fresh: bool) -> Any:
     """c [m, n] (+)= a [m, k] @ b [k, n] for few rows; it reads columns of b and writes columns of c up to the next multiple of 16.
 
     A number depends on its row of a and its column of b alone, not on how many there are.
     """
-    size = 2 if half else 4
+    size, called = 2 if numbers == HALVES else 4, f"product_{'fresh' if fresh else 'further'}_{numbers}"
 
     def columns(vectors: int) -> Any:
-        six, three, one = (_tile(rows, vectors, half, fresh) for rows in (6, 3, 1))
+        six, three, one = (_tile(rows, vectors, numbers, fresh) for rows in (6, 3, 1))
 
-        @njit
+        @_named(f"{called}_{vectors}")
         def walk(a, a_row, b, b_row, c, c_row, m, k):
             while m > 0:
                 if m >= 6:
@@ -182,7 +300,7 @@ def small_product(half: bool, fresh: bool) -> Any:
 
     wide, middle, slim = columns(4), columns(2), columns(1)
 
-    @njit
+    @_named(called)
     def product(a, a_row, b, b_row, c, c_row, m, k, n):
         while n > 0:
             if n > 48:

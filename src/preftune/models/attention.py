@@ -1,13 +1,15 @@
 """Tree attention: each response attends to its prompt and to itself only, through transformers' attention interface.
 
 Registered once under a name that any Hugging Face decoder supporting the interface accepts. The plan of a packed row travels as the
-keyword argument `tree`. On CPU a short tree is one dense block (batched products beat flash attention's CPU backward there), a long one
-goes response by response through SDPA; on CUDA the whole row is one FlexAttention call with a block mask.
+keyword argument `tree`. On a CPU that multiplies bf16 a kernel does all trees. Else a short tree is one dense block there (batched
+products beat flash attention's CPU backward), a long one goes response by response through SDPA; on CUDA the whole row is one
+FlexAttention call with a block mask.
 `scaling`, `sliding_window`, `softcap` and `s_aux` (attention sinks) are honoured; anything else that changes scores is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +154,24 @@ class _DenseTrees(torch.autograd.Function):
         return d_q, d_k, d_v, None, None
 
 
+class _ByKernel(torch.autograd.Function):
+    """The same by the kernels, in bf16: each branch over its prompt and itself. Keeps two numbers a row beside what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernels: Any, trees: Sequence[Any], window: int | None) -> Tensor:
+        out, stats = kernels.forward(q, k, v, trees, window)
+        ctx.save_for_backward(q, k, v, stats)
+        ctx.how = kernels, trees, window
+        made: Tensor = out
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, stats = ctx.saved_tensors
+        kernels, trees, window = ctx.how
+        return *kernels.backward(q, k, v, grad, stats, trees, window), None, None, None
+
+
 def _weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     """[Hkv, groups * L, L] softmax of queries [Hkv, groups * L, d] over keys [Hkv, L, d] where the additive `mask` [L, L] lets them."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
@@ -204,6 +224,10 @@ def _cpu_attention(
     lengths = plan.layout.lengths
     plain = softcap is None and sinks is None
     dense = DENSE_TOKENS if plain else min(DENSE_TOKENS, KEPT_TOKENS)
+    if plain and v.dtype == torch.bfloat16:
+        kernels, scaled = find("trees"), (q * scaling).to(v.dtype)
+        if kernels is not None and kernels.takes(scaled, v):
+            return _ByKernel.apply(scaled, k.to(v.dtype), v, kernels, plan.layout.trees, window)
     if plain and max(lengths) <= dense:
         masks = [plan.dense_mask(i, window, v) for i in range(len(lengths))]
         return _DenseTrees.apply((q * scaling).to(v.dtype), k.to(v.dtype), v, list(lengths), masks)

@@ -1,0 +1,366 @@
+"""Attention of trees, forward and backward, in bf16: each branch over its prompt and itself, no score of what it does not see.
+
+A part is one tree and one head of keys. Its keys and values are laid out once by pairs, as the CPU multiplies bf16, every branch from an
+even place. Then come blocks of queries: the scores of a block stay in the core's cache from their product to the last that needs them
+(FlashAttention, arXiv 2205.14135, where a row of scores is short enough to be whole). Sums are in fp32 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from preftune.kernels.launch import Kernel, given, next_part
+from preftune.kernels.tiles import (
+    LANES,
+    PAIRS,
+    at16,
+    at32,
+    at32i,
+    at64,
+    exp,
+    fill,
+    highest,
+    multiplies_pairs,
+    narrow,
+    paired,
+    small_product,
+)
+
+_BLOCK = 48
+"""Queries at a time, of one head and one branch."""
+_WIDE = 64
+"""Columns that a product may write at once: what is behind a piece of the scores begins at such a multiple."""
+_LOWEST, _ONE, _ZERO = np.float32(-3e38), np.float32(1), np.float32(0)
+_product, _further = small_product(PAIRS, True), small_product(PAIRS, False)
+
+
+@njit(inline="always")
+def _up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+@njit(inline="always")
+def _across(source, row, tokens, width, to, column):
+    """Columns of `to` [width / 2, ..]: of each token its pairs of neighbours."""
+    for start in range(0, tokens, LANES):
+        for c in range(width // 2):
+            for j in range(start, min(start + LANES, tokens)):
+                to[c, column + j] = at32i(source + 2 * j * row)[c]
+
+
+@njit(inline="always")
+def _along(source, row, tokens, width, to, first):
+    """Rows of `to` [.., width]: pairs of tokens that follow each other, the last with nothing where there is no other."""
+    for j in range(0, tokens - 1, 2):
+        low, high = at16(source + 2 * j * row), at16(source + 2 * (j + 1) * row)
+        for c in range(width):
+            to[first + j // 2, c] = paired(low[c], high[c])
+    if tokens % 2:
+        low = at16(source + 2 * (tokens - 1) * row)
+        for c in range(width):
+            to[first + tokens // 2, c] = paired(low[c], 0)
+
+
+@njit(inline="always")
+def _turned(source, row, tokens, width, to):
+    """[width, tokens / 2] pairs of tokens that follow each other."""
+    for j in range(0, tokens - 1, 2):
+        low, high = at16(source + 2 * j * row), at16(source + 2 * (j + 1) * row)
+        for c in range(width):
+            to[c, j // 2] = paired(low[c], high[c])
+    if tokens % 2:
+        low = at16(source + 2 * (tokens - 1) * row)
+        for c in range(width):
+            to[c, tokens // 2] = paired(low[c], 0)
+
+
+@njit(inline="always")
+def _pieces(branch, prompt, r, rows, window):
+    """Keys that queries r to r + rows of a branch see: from where in the prompt and how many, from where of their own and how many."""
+    position = r if branch == 0 else prompt + r
+    seen = max(position - window + 1, 0) // 2 * 2
+    if branch == 0:
+        return seen, r + rows - seen, 0, 0
+    own = max(seen - prompt, 0) // 2 * 2
+    seen = min(seen, (prompt + 1) // 2 * 2)
+    return seen, max(prompt - seen, 0), own, r + rows - own
+
+
+@njit(inline="always")
+def _scores(lines, line_row, columns, seen, own, to, rows, width, many, behind, more):
+    """to [rows, ..] = lines [rows, width] @ those columns of [width, ..] that stand for what is seen, and, behind it, for the own."""
+    at, row, into, wide = columns.ctypes.data, columns.shape[1], to.ctypes.data, to.shape[1]
+    _product(lines, line_row // 2, at + 4 * seen, row, into, wide, rows, width // 2, many)
+    _product(lines, line_row // 2, at + 4 * own, row, into + 4 * behind, wide, rows, width // 2, more)
+
+
+@njit(inline="always")
+def _gather(weights, lines, seen, own, to, rows, width, many, behind, more):
+    """to [rows, width] = weights [rows, ..] @ those rows of [.., width] that stand for what is seen and for the own."""
+    to[:rows] = 0
+    at, row, from_lines = weights.ctypes.data, weights.shape[1] // 2, lines.ctypes.data
+    _further(at, row, from_lines + 2 * seen * width, width, to.ctypes.data, width, rows, (many + 1) // 2, width)
+    _further(at + 2 * behind, row, from_lines + 2 * own * width, width, to.ctypes.data, width, rows, (more + 1) // 2, width)
+
+
+@njit(inline="always")
+def _scatter(turned, weights, seen, own, to, pairs, width, many, behind, more):
+    """Add turned [width, pairs] @ weights [pairs, ..] to those columns of [width, ..] that stand for what is seen and for the own."""
+    left, left_row, at, row, into, room = (
+        turned.ctypes.data,
+        turned.shape[1],
+        weights.ctypes.data,
+        weights.shape[1],
+        to.ctypes.data,
+        to.shape[1],
+    )
+    _further(left, left_row, at, row, into + 4 * seen, room, width, pairs, many)
+    _further(left, left_row, at + 4 * behind, row, into + 4 * own, room, width, pairs, more)
+
+
+@njit(inline="always")
+def _hide(at, branch, prompt, r, window, seen, many, own, behind, whole):
+    """Make least the scores of all that query r of a branch does not see, and of what is no key at all."""
+    position = r if branch == 0 else prompt + r
+    low = max(position - window + 1, 0)
+    fill(at, min(low - seen, many), _LOWEST)
+    if branch == 0:
+        fill(at + 4 * (position + 1 - seen), whole - (position + 1 - seen), _LOWEST)
+    else:
+        fill(at + 4 * many, behind - many + max(low - prompt - own, 0), _LOWEST)
+        last = behind + r + 1 - own
+        fill(at + 4 * last, whole - last, _LOWEST)
+
+
+@njit(inline="always")
+def _forward(address):
+    ask = given(address)
+    q, k, v, out, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
+    count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
+    q_row, q_head, k_row, k_head, v_row, v_head = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19]
+    room, wide = longest + _WIDE, longest + 2 * _WIDE
+    keys, values = np.empty((d // 2, room), np.int32), np.empty((room // 2, d), np.int32)
+    scores, weights = np.empty((_BLOCK, wide), np.float32), np.empty((_BLOCK, wide), np.int16)
+    result = np.empty((_BLOCK, d), np.float32)
+    while True:
+        taken = next_part(address)
+        if taken >= count * kv:
+            break
+        tree, head = 4 * (taken // kv), taken % kv
+        first, prompt, responses, sized = trees[tree], trees[tree + 1], trees[tree + 2], trees[tree + 3]
+        row, place = first, 0
+        for branch in range(responses + 1):
+            n = prompt if branch == 0 else sizes[sized + branch - 1]
+            _across(k + 2 * (row * k_row + head * k_head), k_row, n, d, keys, place)
+            _along(v + 2 * (row * v_row + head * v_head), v_row, n, d, values, place // 2)
+            row, place = row + n, place + _up(n, 2)
+        row, place = first, 0
+        for branch in range(responses + 1):
+            n = prompt if branch == 0 else sizes[sized + branch - 1]
+            shared = heads // kv
+            blocks = (n + _BLOCK - 1) // _BLOCK
+            for block in range(blocks * shared):
+                h, r = head * shared + block // blocks, block % blocks * _BLOCK
+                rows = min(n - r, _BLOCK)
+                seen, many, own, more = _pieces(branch, prompt, r, rows, window)
+                behind = _up(many, _WIDE)
+                whole = behind + _up(more, _WIDE)
+                queries = q + 2 * ((row + r) * q_row + h * q_head)
+                _scores(queries, q_row, keys, seen, place + own, scores, rows, d, many, behind, more)
+                for i in range(rows):
+                    at = scores.ctypes.data + 4 * i * wide
+                    _hide(at, branch, prompt, r + i, window, seen, many, own, behind, whole)
+                    line, to, top, total = scores[i], weights[i], highest(at, whole, _LOWEST), _ZERO
+                    for c in range(whole):
+                        one = exp(line[c] - top)
+                        total += one
+                        to[c] = narrow(one)
+                    told = at32(stats + 8 * (h * tokens + row + r + i))
+                    told[0], told[1] = top, _ONE / total
+                _gather(weights, values, seen, place + own, result, rows, d, many, behind, more)
+                for i in range(rows):
+                    token = row + r + i
+                    inverse, to_out = at32(stats + 8 * (h * tokens + token))[1], at16(out + 2 * (token * heads + h) * d)
+                    for c in range(d):
+                        to_out[c] = narrow(result[i, c] * inverse)
+            row, place = row + n, place + _up(n, 2)
+
+
+@njit(inline="always")
+def _softmax_back(line, slope, told, whole):
+    """The weights of one query's scores, in their place, and the gradients of the scores, in that of the weights'."""
+    top, inverse, along = told[0], told[1], _ZERO
+    for c in range(whole):
+        one = exp(line[c] - top) * inverse
+        line[c] = one
+        along += one * slope[c]
+    for c in range(whole):
+        slope[c] = line[c] * (slope[c] - along)
+
+
+@njit(inline="always")
+def _by_pairs(scores, slopes, weights, pulls, pulls_along, rows, whole):
+    """Weights and gradients of the scores as pairs of queries that follow each other, and the latter as pairs of keys."""
+    if rows % 2:
+        scores[rows, :whole] = 0
+        slopes[rows, :whole] = 0
+    for i in range(0, rows, 2):
+        for c in range(whole):
+            weights[i // 2, c] = paired(narrow(scores[i, c]), narrow(scores[i + 1, c]))
+            low, high = narrow(slopes[i, c]), narrow(slopes[i + 1, c])
+            pulls[i // 2, c] = paired(low, high)
+            pulls_along[i, c] = low
+            pulls_along[i + 1, c] = high
+
+
+@njit(inline="always")
+def _down(source, column, to, to_row, tokens, width):
+    """Columns [width, ..] of floats, as rows of bf16."""
+    for j in range(tokens):
+        line = at16(to + 2 * j * to_row)
+        for c in range(width):
+            line[c] = narrow(source[c, column + j])
+
+
+@njit(inline="always")
+def _backward(address):
+    ask = given(address)
+    q, k, v, grad, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
+    count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
+    q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20], ask[21]
+    d_q, d_k, d_v = ask[22], ask[23], ask[24]
+    room, wide = longest + _WIDE, longest + 2 * _WIDE
+    keys, values = np.empty((d // 2, room), np.int32), np.empty((d // 2, room), np.int32)
+    keys_along = np.empty((room // 2, d), np.int32)
+    of_keys, of_values = np.empty((d, room), np.float32), np.empty((d, room), np.float32)
+    scores, slopes = np.empty((_BLOCK, wide), np.float32), np.empty((_BLOCK, wide), np.float32)
+    weights, pulls = np.empty((_BLOCK // 2, wide), np.int32), np.empty((_BLOCK // 2, wide), np.int32)
+    pulls_along = np.empty((_BLOCK, wide), np.int16)
+    turned, result = np.empty((d, _BLOCK // 2), np.int32), np.empty((_BLOCK, d), np.float32)
+    while True:
+        taken = next_part(address)
+        if taken >= count * kv:
+            break
+        tree, head = 4 * (taken // kv), taken % kv
+        first, prompt, responses, sized = trees[tree], trees[tree + 1], trees[tree + 2], trees[tree + 3]
+        row, place = first, 0
+        for branch in range(responses + 1):
+            n = prompt if branch == 0 else sizes[sized + branch - 1]
+            from_keys, from_values = k + 2 * (row * k_row + head * k_head), v + 2 * (row * v_row + head * v_head)
+            _across(from_keys, k_row, n, d, keys, place)
+            _across(from_values, v_row, n, d, values, place)
+            _along(from_keys, k_row, n, d, keys_along, place // 2)
+            row, place = row + n, place + _up(n, 2)
+        of_keys[:, : place + _WIDE] = 0
+        of_values[:, : place + _WIDE] = 0
+        row, place = first, 0
+        for branch in range(responses + 1):
+            n = prompt if branch == 0 else sizes[sized + branch - 1]
+            shared = heads // kv
+            blocks = (n + _BLOCK - 1) // _BLOCK
+            for block in range(blocks * shared):
+                h, r = head * shared + block // blocks, block % blocks * _BLOCK
+                rows = min(n - r, _BLOCK)
+                seen, many, own, more = _pieces(branch, prompt, r, rows, window)
+                behind = _up(many, _WIDE)
+                whole = behind + _up(more, _WIDE)
+                queries, pull = q + 2 * ((row + r) * q_row + h * q_head), grad + 2 * ((row + r) * g_row + h * g_head)
+                _scores(queries, q_row, keys, seen, place + own, scores, rows, d, many, behind, more)
+                _scores(pull, g_row, values, seen, place + own, slopes, rows, d, many, behind, more)
+                told = stats + 8 * (h * tokens + row + r)
+                for i in range(rows):
+                    _hide(scores.ctypes.data + 4 * i * wide, branch, prompt, r + i, window, seen, many, own, behind, whole)
+                    at = slopes.ctypes.data + 4 * i * wide
+                    fill(at + 4 * many, behind - many, _ZERO)  # no key is there; times a weight of nothing, NaN would still be NaN
+                    fill(at + 4 * (behind + more), whole - behind - more, _ZERO)
+                    _softmax_back(scores[i], slopes[i], at32(told + 8 * i), whole)
+                _by_pairs(scores, slopes, weights, pulls, pulls_along, rows, whole)
+                _turned(pull, g_row, rows, d, turned)
+                _scatter(turned, weights, seen, place + own, of_values, (rows + 1) // 2, d, many, behind, more)
+                _turned(queries, q_row, rows, d, turned)
+                _scatter(turned, pulls, seen, place + own, of_keys, (rows + 1) // 2, d, many, behind, more)
+                _gather(pulls_along, keys_along, seen, place + own, result, rows, d, many, behind, more)
+                for i in range(rows):
+                    to = at16(d_q + 2 * ((row + r + i) * heads + h) * d)
+                    for c in range(d):
+                        to[c] = narrow(result[i, c])
+            row, place = row + n, place + _up(n, 2)
+        row, place = first, 0
+        for branch in range(responses + 1):
+            n = prompt if branch == 0 else sizes[sized + branch - 1]
+            _down(of_keys, place, d_k + 2 * (row * kv + head) * d, kv * d, n, d)
+            _down(of_values, place, d_v + 2 * (row * kv + head) * d, kv * d, n, d)
+            row, place = row + n, place + _up(n, 2)
+
+
+def _forward16(address: int) -> None:
+    _forward(address)
+
+
+def _backward16(address: int) -> None:
+    _backward(address)
+
+
+_FORWARD, _BACKWARD = Kernel(_forward16), Kernel(_backward16)
+
+Trees = Sequence[tuple[int, Sequence[int]]]
+"""Tokens of the prompt, and of each response, of the trees of a row."""
+
+
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels can do it: bf16 on a CPU that multiplies it by pairs, a head's width a multiple of sixteen."""
+    on_cpu = q.device.type == "cpu" and q.dtype == v.dtype == torch.bfloat16
+    return on_cpu and q.shape[-1] == v.shape[-1] and q.shape[-1] % LANES == 0 and multiplies_pairs()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, trees: Trees, window: int | None) -> tuple[Tensor, Tensor]:
+    """[H, T, d] attention of scaled queries [H, T, d] over keys and values [Hkv, T, d], and what `backward` needs of it, fp32 [H, T, 2]."""
+    q, k, v = (_readable(x) for x in (q, k, v))
+    heads, tokens, width = q.shape
+    out, stats = q.new_empty((tokens, heads, width)), q.new_empty((heads, tokens, 2), dtype=torch.float32)
+    rows, sizes, numbers = _told(trees, q, k, window)
+    where = [x.data_ptr() for x in (q, k, v, out, stats, rows, sizes)]
+    _FORWARD(*where, *numbers, *_strides(q, k, v))
+    return out.transpose(0, 1), stats
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, stats: Tensor, trees: Trees, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what `forward` was given, from that of its result, `grad` [H, T, d]."""
+    q, k, v, grad = (_readable(x) for x in (q, k, v, grad))
+    made = [x.new_empty((x.shape[1], len(x), x.shape[2])) for x in (q, k, v)]
+    rows, sizes, numbers = _told(trees, q, k, window)
+    where = [x.data_ptr() for x in (q, k, v, grad, stats, rows, sizes)]
+    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *(x.data_ptr() for x in made))
+    d_q, d_k, d_v = (x.transpose(0, 1) for x in made)
+    return d_q, d_k, d_v
+
+
+def _readable(x: Tensor) -> Tensor:
+    """With the numbers of a head side by side, and pairs of them where int32 are."""
+    return x if x.stride(2) == 1 and x.stride(0) % 2 == x.stride(1) % 2 == 0 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [n for x in tensors for n in (x.stride(1), x.stride(0))]
+
+
+def _told(trees: Trees, q: Tensor, k: Tensor, window: int | None) -> tuple[Tensor, Tensor, list[int]]:
+    """Trees, the longest first, and sizes of their responses, each int64; and the numbers that a kernel is told."""
+    rows: list[tuple[int, ...]] = []
+    sizes: list[int] = []
+    start = 0
+    for prompt, responses in trees:
+        rows.append((start, prompt, len(responses), len(sizes)))
+        sizes.extend(responses)
+        start += prompt + sum(responses)
+    places = [-(-prompt // 2) * 2 + sum(-(-n // 2) * 2 for n in responses) for prompt, responses in trees]
+    order = sorted(range(len(rows)), key=lambda i: -places[i])
+    told = [len(rows), q.shape[1], len(q), len(k), q.shape[2], max(places), window or 2**40]
+    return torch.tensor([rows[i] for i in order], dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64), told

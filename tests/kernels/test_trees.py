@@ -1,0 +1,135 @@
+"""Attention of trees by the kernels, forward and backward, against plain products in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from preftune import kernels
+from preftune.models.attention import TreePlan, _dense
+from preftune.packing.batch import Layout
+
+found = kernels.find("trees")
+pytestmark = pytest.mark.skipif(
+    found is None or not found.multiplies_pairs(), reason="no compiled kernels for bf16 on this machine (numba, AVX512-BF16)"
+)
+
+ROWS = {
+    "two responses": [(9, (5, 8)), (4, (7,))],
+    "one token each, a prompt alone": [(1, (1, 1)), (30, ()), (2, (1,))],
+    "no prompt": [(0, (3, 50)), (5, (2,))],
+    "blocks and pairs that end anywhere": [(64, (48, 65)), (131, (97, 1, 47, 49)), (96, (96,))],
+}
+SHAPES = [(4, 2, 16), (6, 2, 64), (3, 3, 80), (8, 1, 128)]
+
+
+def states(heads, tokens, width, seed):
+    """[heads, tokens, width] as a model makes them: heads of a token side by side."""
+    made = torch.randn(tokens, heads, width, generator=torch.Generator().manual_seed(seed))
+    return made.to(torch.bfloat16).transpose(0, 1)
+
+
+def given(trees, heads, kv, width):
+    tokens = sum(p + sum(r) for p, r in trees)
+    q, k, v, grad = (states(h, tokens, width, seed) for seed, h in enumerate((heads, kv, kv, heads)))
+    return q * width**-0.5, k, v, grad
+
+
+def exact(trees, q, k, v, grad, window):
+    """Result and gradients by plain products in float64, tree by tree."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    plan = TreePlan(Layout(tuple(trees)))
+    lengths = plan.layout.lengths
+    parts = enumerate(zip(*(x.split(lengths, 1) for x in leaves), strict=True))
+    out = torch.cat([_dense(*part, plan.dense_mask(i, window, part[0]), 1.0, None, None) for i, part in parts], 1)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
+
+
+def ours(trees, q, k, v, grad, window):
+    out, stats = found.forward(q, k, v, trees, window)
+    return out, *found.backward(q, k, v, grad, stats, trees, window)
+
+
+def far(one, other):
+    return float((one.double() - other).norm() / other.norm().clamp_min(1e-3))
+
+
+@pytest.mark.parametrize("window", [None, 2, 7, 50, 100])
+@pytest.mark.parametrize(("heads", "kv", "width"), SHAPES)
+@pytest.mark.parametrize("row", ROWS)
+def test_it_is_attention_and_its_gradients(row, heads, kv, width, window):
+    trees, parts = ROWS[row], given(ROWS[row], heads, kv, width)
+    for mine, true in zip(ours(trees, *parts, window), exact(trees, *parts, window), strict=True):
+        assert mine.dtype == torch.bfloat16 and mine.shape == true.shape
+        assert far(mine, true) < 4e-3  # half of a step of bf16
+
+
+def test_no_branch_sees_another_nor_what_lies_behind():
+    trees = ROWS["blocks and pairs that end anywhere"]
+    q, k, v, grad = given(trees, 6, 2, 64)
+    before, *slopes = ours(trees, q, k, v, grad, None)
+    start = 177 + 131 + 97 + 1  # the third response of the second tree
+    changed = torch.zeros(q.shape[1], dtype=torch.bool)
+    changed[start + 20 : start + 47] = True
+    for x in (k, v):
+        x[:, changed] = 100.0
+    after, d_q, d_k, d_v = ours(trees, q, k, v, grad, None)
+    assert torch.equal(after[:, ~changed], before[:, ~changed]) and (after != before)[:, changed].any(-1).all()
+    assert torch.equal(d_q[:, ~changed], slopes[0][:, ~changed])
+    elsewhere = torch.ones_like(changed)
+    elsewhere[177 : 177 + 131] = elsewhere[start : start + 47] = False  # the prompt's keys are pulled by what sees them
+    for mine, other in zip((d_k, d_v), slopes[1:], strict=True):
+        assert torch.equal(mine[:, elsewhere], other[:, elsewhere])
+
+
+def test_nan_stays_in_its_tree():
+    trees = ROWS["blocks and pairs that end anywhere"]
+    parts = given(trees, 6, 2, 64)
+    whole = ours(trees, *parts, None)
+    for x in parts:
+        x[:, 200] = float("nan")
+    for mine, other in zip(ours(trees, *parts, None), whole, strict=True):
+        assert mine[:, 200].isnan().all() and torch.equal(mine[:, :177], other[:, :177]) and torch.equal(mine[:, 502:], other[:, 502:])
+
+
+def test_threads_and_neighbours_change_nothing():
+    """A tree's numbers are its own: alone, among others, by one thread or two."""
+    trees = ROWS["blocks and pairs that end anywhere"]
+    parts = given(trees, 6, 2, 64)
+    whole = ours(trees, *parts, None)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for mine, other in zip(ours(trees, *parts, None), whole, strict=True):
+                assert torch.equal(mine, other)
+    finally:
+        torch.set_num_threads(threads)
+    second = [x[:, 177 : 177 + 325] for x in parts]
+    for mine, other in zip(ours(trees[1:2], *second, None), whole, strict=True):
+        assert torch.equal(mine, other[:, 177 : 177 + 325])
+
+
+def test_any_layout_in_memory():
+    trees = ROWS["two responses"]
+    q, k, v, grad = given(trees, 4, 2, 16)
+    plain = ours(trees, q, k, v, grad, None)
+    odd = [torch.randn(*x.shape[:2], 2 * x.shape[2] + 1).to(x.dtype)[..., 1 : 1 + x.shape[2]].copy_(x) for x in (q, k, v, grad)]
+    apart = [torch.empty(*x.shape, 2, dtype=x.dtype)[..., 0].copy_(x) for x in (q, k, v, grad)]
+    for made in (odd, apart, [x.contiguous() for x in (q, k, v, grad)]):
+        for mine, other in zip(ours(trees, *made, None), plain, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_large_scores_are_no_trouble():
+    trees = ROWS["two responses"]
+    q, k, v, grad = given(trees, 4, 2, 16)
+    parts = (q * 300, k, v, grad)
+    for mine, true in zip(ours(trees, *parts, None), exact(trees, *parts, None), strict=True):
+        assert mine.isfinite().all() and (true.norm() < 1e-6 or far(mine, true) < 2e-2)
+
+
+def test_what_it_does_not_take():
+    q, _, v, _ = given(ROWS["two responses"], 4, 2, 16)
+    assert found.takes(q, v) and not found.takes(q.float(), v.float()) and not found.takes(q, v[..., :8])
+    assert not found.takes(q[..., :8], v[..., :8])
