@@ -202,6 +202,46 @@ def test_sums_of_exponentials(dtype, width):
     torch.testing.assert_close(sums.double(), true, rtol=2e-6, atol=0)
 
 
+@BOTH
+@pytest.mark.parametrize("entropies", [False, True])
+@pytest.mark.parametrize(("width", "scale"), [(1, 1.0), (700, 0.7), (49152, 1.0)])
+def test_log_probabilities_and_entropies_and_their_gradients(dtype, width, scale, entropies):
+    logits, pointwise = normal(5, width, seed=1, dtype=dtype) * 4, kernels.find("pointwise")
+    targets, (g, e) = torch.arange(5) * 7919 % width, normal(2, 5, seed=2)
+    exact = logits.double().requires_grad_()
+    logp = (exact * float(torch.tensor(scale))).log_softmax(1)
+    entropy = -(logp.exp() * logp).sum(1)
+    lse, told = pointwise.log_sums(logits, scale)
+    chosen = logp.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logits.double().gather(1, targets[:, None]).squeeze(1) * scale - lse, chosen, atol=4e-6, rtol=1e-6)
+    torch.testing.assert_close(told.double(), entropy, atol=4e-6, rtol=1e-6)
+    (chosen @ g.double() + (entropy @ e.double() if entropies else 0)).backward()
+    made = pointwise.log_sums_back(logits, lse, told if entropies else None, targets, g, e if entropies else None, scale)
+    assert made.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(made.double(), exact.grad, atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_a_token_that_is_ruled_out_has_no_part_in_log_probabilities():
+    logits = normal(2, 70, seed=3)
+    logits[:, 5] = float("-inf")
+    lse, entropy = kernels.find("pointwise").log_sums(logits, 1.0)
+    without = torch.cat([logits[:, :5], logits[:, 6:]], 1).double()
+    torch.testing.assert_close(lse.double(), without.logsumexp(1), atol=1e-6, rtol=1e-6)
+    made = kernels.find("pointwise").log_sums_back(logits, lse, entropy, torch.tensor([1, 2]), torch.ones(2), torch.ones(2), 1.0)
+    assert made.isfinite().all() and not made[:, 5].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (64, 16), (150, 576)])
+def test_the_norm_s_gradients(shape):
+    x, g, weight = normal(*shape, seed=1) * 5, normal(*shape, seed=2), normal(1, shape[1], seed=3)[0]
+    leaves = x.double().requires_grad_(), weight.double().requires_grad_()
+    out = leaves[1] * leaves[0] * torch.rsqrt(leaves[0].pow(2).mean(-1, keepdim=True) + 1e-5)
+    for made, true in zip(
+        kernels.find("pointwise").norm_back(x, g, weight, 1e-5), torch.autograd.grad(out, leaves, g.double()), strict=True
+    ):
+        assert (made.double() - true).norm() <= 1e-6 * true.norm()
+
+
 def test_the_last_number_below_one_draws_a_token_that_exists():
     """The sums of blocks and the block drawn from are rounded apart, and the vocabulary ends inside a block."""
     logits, uniform = normal(500, 70, seed=3), torch.full((500,), 1 - 2**-53, dtype=torch.float64)
@@ -285,6 +325,8 @@ q, kv, at = x[:8].view(2, 4, 96)[:, :2, :16].contiguous(), u[:2, :16][None].cont
 one = lambda *n: torch.tensor(n)
 found = [
     p.silu_gated(x, u), *p.silu_gated_back(x, u, u), p.add_norm(x.clone(), u, u[0], 1e-5, torch.float32), *p.exp_sums(x, 64),
+    p.norm_back(x, u, u[0], 1e-5)[0], p.norm_back(x, u, u[0], 1e-5)[1], *p.log_sums(x, 1.0),
+    p.log_sums_back(x.clone(), *p.log_sums(x, 1.0), one(*range(50)), u[:, 0].contiguous(), u[:, 1].contiguous(), 1.0),
     p.tree_softmax(x[:, :80].contiguous().view(10, 20, 20), mask), *p.turn(x, 4, 2, u[:, :16].contiguous(), u[:, 16:32].contiguous()),
     d.step(q, kv, kv, cache, own, one(0, 1), one(0, 1, 2), one(30, 17), at, most=1, longest=(30, 21), window=None, scaling=0.25),
 ]

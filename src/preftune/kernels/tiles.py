@@ -114,34 +114,48 @@ def exp(x: Any) -> Any:
     return found if x >= _LOWEST else (_ZERO if x < _LOWEST else x)  # the last is NaN
 
 
-@intrinsic
-def highest(context: Any, address: Any, n: Any, least: Any) -> Any:
-    """The largest of n floats and `least`; NaN is passed over. LLVM makes no vectors of this by itself, as NaN might be anywhere."""
-
+def _highest(half: bool) -> Any:
     def larger(builder: Any, one: Any, other: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         address, n, least = args
         number = lambda n: ir.Constant(_I64, n)
-        place = lambda at, kind: builder.inttoptr(builder.add(address, builder.mul(at, number(4))), kind.as_pointer())
+        lines, ones, size = (_HALVES, _I16, 2) if half else (_FLOATS, _F32, 4)
+
+        def read(at: Any, kind: Any, wide: Any, real: Any) -> Any:
+            place = builder.inttoptr(builder.add(address, builder.mul(at, number(size))), kind.as_pointer())
+            found = builder.load(place, align=size)
+            if not half:
+                return found
+            shift = ir.Constant(wide, [16] * LANES if wide == _INTS else 16)
+            return builder.bitcast(builder.shl(builder.zext(found, wide), shift), real)
+
         kept, found = cgutils.alloca_once(builder, _FLOATS), cgutils.alloca_once(builder, _F32)
         spread = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), least, ir.Constant(_I32, 0))
         builder.store(builder.shuffle_vector(spread, spread, ir.Constant(_INTS, [0] * LANES)), kept)
         whole = builder.sdiv(n, number(LANES))
         with cgutils.for_range(builder, whole) as loop:
-            line = builder.load(place(builder.mul(loop.index, number(LANES)), _FLOATS), align=4)
+            line = read(builder.mul(loop.index, number(LANES)), lines, _INTS, _FLOATS)
             builder.store(larger(builder, line, builder.load(kept)), kept)
-        lanes, half = builder.load(kept), LANES // 2
-        while half:
-            moved = builder.shuffle_vector(lanes, lanes, ir.Constant(_INTS, [(lane + half) % LANES for lane in range(LANES)]))
-            lanes, half = larger(builder, lanes, moved), half // 2
+        lanes, apart = builder.load(kept), LANES // 2
+        while apart:
+            moved = builder.shuffle_vector(lanes, lanes, ir.Constant(_INTS, [(lane + apart) % LANES for lane in range(LANES)]))
+            lanes, apart = larger(builder, lanes, moved), apart // 2
         builder.store(builder.extract_element(lanes, ir.Constant(_I32, 0)), found)
         with cgutils.for_range_slice(builder, builder.mul(whole, number(LANES)), n, number(1)) as (at, _):
-            builder.store(larger(builder, builder.load(place(at, _F32), align=4), builder.load(found)), found)
+            builder.store(larger(builder, read(at, ones, _I32, _F32), builder.load(found)), found)
         return builder.load(found)
 
-    return types.float32(types.int64, types.int64, types.float32), generate
+    @intrinsic
+    def highest(context: Any, address: Any, n: Any, least: Any) -> Any:
+        return types.float32(types.int64, types.int64, types.float32), generate
+
+    return highest
+
+
+highest, highest_half = _highest(False), _highest(True)
+"""The largest of n floats, or bf16, at an address and of `least`; NaN is passed over. LLVM makes no vectors of that by itself."""
 
 
 @intrinsic

@@ -171,6 +171,12 @@ class _RootMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kernels = _norm_kernels(x, weight)
+        ctx.kernels, ctx.eps = kernels, eps
+        if kernels is not None:
+            ctx.save_for_backward(x, weight, None)
+            out: Tensor = kernels.add_norm(x.reshape(-1, x.shape[-1]), None, weight, eps, x.dtype).view(x.shape)
+            return out
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -180,6 +186,10 @@ class _RootMeanSquare(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
+        if ctx.kernels is not None:
+            flat = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, grad))
+            d_x, d_weight = ctx.kernels.norm_back(*flat, weight, ctx.eps)
+            return d_x.view(x.shape), d_weight, None
         rows, slope, scale, wide = _flat(x, scale.dtype), _flat(grad, scale.dtype), scale.view(-1, 1), weight.to(scale.dtype)
         pulled = slope * rows * scale
         d_weight = pulled.sum(0).to(weight.dtype) if need_weight else None
@@ -187,6 +197,13 @@ class _RootMeanSquare(torch.autograd.Function):
             return None, d_weight, None
         along = torch.mv(pulled, wide).mul_(-1 / x.shape[-1]).unsqueeze(1) * scale
         return (slope * wide).addcmul_(rows, along).mul_(scale).to(x.dtype).view(x.shape), d_weight, None
+
+
+def _norm_kernels(x: Tensor, weight: Tensor) -> Any:
+    """The kernels, where they can do this norm forward and backward."""
+    whole = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()
+    kernels = find("pointwise") if whole else None
+    return kernels if kernels is not None and kernels.takes(x) else None
 
 
 class _LeanNorm(nn.Module):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune.kernels import find
+
 CHUNK_BYTES = 128 * 2**20
 """Logits in flight at once, in fp32."""
 
@@ -33,7 +35,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
         w = weight.to(compute)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits, _ = finished(hidden[part].to(compute) @ w.T, bias, scale, softcap, compute)
+            logits = hidden[part].to(compute) @ w.T
+            if (kernels := _kernels(logits, bias, scale, softcap)) is not None:
+                picked[part] = logits.gather(1, targets[part, None]).squeeze(1).float() * scale
+                lse[part], told = kernels.log_sums(logits, scale)
+                if entropy is not None:
+                    entropy[part] = told
+                continue
+            logits, _ = finished(logits, bias, scale, softcap, compute)
             picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
             if entropy is None:
                 lse[part] = torch.logsumexp(logits, dim=-1)
@@ -61,18 +70,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(compute)
-            logits, slope = finished(h @ w.T, bias, scale, softcap, compute)
-            g = lse.new_zeros(len(h), 1) if grad is None else grad[part, None].to(precise)
-            logp = logits.sub_(lse[part, None])
-            pull = g
-            if entropy is not None and grad_entropy is not None:
-                pull = (logp + entropy[part, None]).mul_(grad_entropy[part, None].to(precise)).add_(g)
-            d = logp.exp_().mul_(-pull)
-            d.scatter_add_(1, targets[part, None], g)
-            if slope is not None:
-                d.mul_(slope)
-            if scale != 1.0:
-                d.mul_(scale)
+            g = lse.new_zeros(len(h)) if grad is None else grad[part].to(precise)
+            e = None if entropy is None or grad_entropy is None else (entropy[part], grad_entropy[part].to(precise))
+            d = _slopes(h @ w.T, lse[part], targets[part], g, e, bias, scale, softcap)
             if d_bias is not None:
                 d_bias += d.sum(0)
             d = d.to(compute)
@@ -88,6 +88,37 @@ class _ChunkedLogProbs(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device)
         cast = lambda t, like: None if t is None else t.to(like.dtype)
         return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None, None
+
+
+def _slopes(
+    products: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    g: Tensor,
+    e: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: Any,
+) -> Tensor:
+    """[rows, V] gradient of the products, in whose place it may be, from `g` of the log-probabilities and, with entropies, theirs."""
+    if (kernels := _kernels(products, bias, scale, softcap)) is not None:
+        entropy, pull = (None, None) if e is None else (t.contiguous() for t in e)
+        made: Tensor = kernels.log_sums_back(products, lse, entropy, targets.contiguous(), g.contiguous(), pull, scale)
+        return made
+    logits, slope = finished(products, bias, scale, softcap, products.dtype)
+    logp = logits.sub_(lse[:, None])
+    along = g[:, None] if e is None else (logp + e[0][:, None]).mul_(e[1][:, None]).add_(g[:, None])
+    d = logp.exp_().mul_(-along)
+    d.scatter_add_(1, targets[:, None], g[:, None])
+    if slope is not None:
+        d.mul_(slope)
+    return d.mul_(scale) if scale != 1.0 else d
+
+
+def _kernels(logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Any:
+    """The kernels, where they can do these logits."""
+    kernels = find("pointwise") if bias is None and softcap is None and scale > 0 else None
+    return kernels if kernels is not None and kernels.takes(logits) else None
 
 
 def _accumulate(compute: torch.dtype) -> torch.dtype:

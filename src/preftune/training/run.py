@@ -204,16 +204,16 @@ class Run:
         try:
             if self.position.step == 0 and self.saved_step < 0:
                 self.progress.evaluation_due = bool(config.eval_every)
-            self._settle(total)
+            self._settle(total, self.position.step - 1)
             start = time.monotonic()
             for position, step in self.steps(0 if self.progress.stopped_early else total):
-                self.position, self.rng = position, checkpoint.rng_state()
+                before, self.position, self.rng = self.position.step, position, checkpoint.rng_state()
                 failpoint("step")
                 self.log_step(step, time.monotonic() - start)
-                self.progress.evaluation_due = self.position.step == total or _every(config.eval_every, self.position.step)
+                self.progress.evaluation_due = self.position.step == total or _passed(config.eval_every, before, self.position.step)
                 self._guard(step)
                 shown.at(self.position.step, f"loss {step.loss:.4f}, {step.tokens / max(1e-9, time.monotonic() - start):.0f} tok/s")
-                self._settle(total)
+                self._settle(total, before)
                 if world.any(self.stop.requested is not None):
                     self.save()
                     return False
@@ -233,12 +233,12 @@ class Run:
         assert self.config.early_stopping is not None
         return f"no gain in {self.config.early_stopping.metric} for {self.config.early_stopping.patience} evaluations"
 
-    def _settle(self, total: int) -> None:
-        """What is due after a step, or before the first: the evaluation, then the checkpoint."""
+    def _settle(self, total: int, before: int) -> None:
+        """What is due after a step, of which the last was `before`, or before the first: the evaluation, then the checkpoint."""
         step, progress = self.position.step, self.progress
         if progress.evaluation_due:
             self.evaluate()
-        if step == total or progress.best_step == step or progress.stopped_early or _every(self.config.save_every, step):
+        if step == total or progress.best_step == step or progress.stopped_early or _passed(self.config.save_every, before, step):
             self.save()
 
     def _guard(self, step: Step) -> None:
@@ -288,8 +288,9 @@ class Run:
         )
 
 
-def _every(interval: int | None, step: int) -> bool:
-    return bool(interval) and step > 0 and step % (interval or 1) == 0
+def _passed(interval: int | None, before: int, step: int) -> bool:
+    """Whether a multiple of `interval` lies behind `before`, up to `step`: a method may leave steps out."""
+    return interval is not None and step // interval > max(before, 0) // interval
 
 
 def opening(setup: Setup, total: int) -> str:
