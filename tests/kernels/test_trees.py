@@ -23,15 +23,15 @@ ROWS = {
 SHAPES = [(4, 2, 16), (6, 2, 64), (3, 3, 80), (8, 1, 128)]
 
 
-def states(heads, tokens, width, seed):
+def made(heads, tokens, width, seed):
     """[heads, tokens, width] as a model makes them: heads of a token side by side."""
-    made = torch.randn(tokens, heads, width, generator=torch.Generator().manual_seed(seed))
-    return made.to(torch.bfloat16).transpose(0, 1)
+    drawn = torch.randn(tokens, heads, width, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(torch.bfloat16).transpose(0, 1)
 
 
 def given(trees, heads, kv, width):
     tokens = sum(p + sum(r) for p, r in trees)
-    q, k, v, grad = (states(h, tokens, width, seed) for seed, h in enumerate((heads, kv, kv, heads)))
+    q, k, v, grad = (made(h, tokens, width, seed) for seed, h in enumerate((heads, kv, kv, heads)))
     return q * width**-0.5, k, v, grad
 
 
@@ -54,12 +54,14 @@ def far(one, other):
     return float((one.double() - other).norm() / other.norm().clamp_min(1e-3))
 
 
+@pytest.mark.parametrize("parts", ["few", "many"])
 @pytest.mark.parametrize("window", [None, 2, 7, 50, 100])
 @pytest.mark.parametrize(("heads", "kv", "width"), SHAPES)
 @pytest.mark.parametrize("row", ROWS)
-def test_it_is_attention_and_its_gradients(row, heads, kv, width, window):
-    trees, parts = ROWS[row], given(ROWS[row], heads, kv, width)
-    for mine, true in zip(ours(trees, *parts, window), exact(trees, *parts, window), strict=True):
+def test_it_is_attention_and_its_gradients(row, heads, kv, width, window, parts, monkeypatch):
+    monkeypatch.setattr(found, "_PARTS", 0 if parts == "few" else 2**20)
+    trees, states = ROWS[row], given(ROWS[row], heads, kv, width)
+    for mine, true in zip(ours(trees, *states, window), exact(trees, *states, window), strict=True):
         assert mine.dtype == torch.bfloat16 and mine.shape == true.shape
         assert far(mine, true) < 4e-3  # half of a step of bf16
 
@@ -92,11 +94,14 @@ def test_nan_stays_in_its_tree():
         assert mine[:, 200].isnan().all() and torch.equal(mine[:, :177], other[:, :177]) and torch.equal(mine[:, 502:], other[:, 502:])
 
 
-def test_threads_and_neighbours_change_nothing():
-    """A tree's numbers are its own: alone, among others, by one thread or two."""
+def test_threads_and_neighbours_change_nothing(monkeypatch):
+    """A tree's numbers are its own: alone, among others, by one thread or two. How heads are cut rounds sums of gradients apart."""
     trees = ROWS["blocks and pairs that end anywhere"]
     parts = given(trees, 6, 2, 64)
+    cut, *slopes = ours(trees, *parts, None)
+    monkeypatch.setattr(found, "_PARTS", 0)
     whole = ours(trees, *parts, None)
+    assert torch.equal(cut, whole[0]) and torch.equal(slopes[0], whole[1])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -116,8 +121,8 @@ def test_any_layout_in_memory():
     plain = ours(trees, q, k, v, grad, None)
     odd = [torch.randn(*x.shape[:2], 2 * x.shape[2] + 1).to(x.dtype)[..., 1 : 1 + x.shape[2]].copy_(x) for x in (q, k, v, grad)]
     apart = [torch.empty(*x.shape, 2, dtype=x.dtype)[..., 0].copy_(x) for x in (q, k, v, grad)]
-    for made in (odd, apart, [x.contiguous() for x in (q, k, v, grad)]):
-        for mine, other in zip(ours(trees, *made, None), plain, strict=True):
+    for laid in (odd, apart, [x.contiguous() for x in (q, k, v, grad)]):
+        for mine, other in zip(ours(trees, *laid, None), plain, strict=True):
             assert torch.equal(mine, other)
 
 

@@ -188,17 +188,17 @@ def test_a_run_with_pretraining_logs_its_loss(place: Path, tmp_path: Path) -> No
 def test_target_kl_leaves_later_steps_out(place: Path, tmp_path: Path) -> None:
     more = ("rollout.prompts=4", "method.passes=3", "lr=2e-2", "eval_fraction=0", "keep_checkpoints=99")
     every = small.trained(place, tmp_path / "every", "grpo", *more)
-    bound = small.trained(place, tmp_path / "bound", "grpo", *more, "method.target_kl=0.01", "save_every=2")
+    bound = small.trained(place, tmp_path / "bound", "grpo", *more, "method.target_kl=0.01", "save_every=5")
     assert [row["step"] for row in every] == list(range(1, 16))  # rollouts of 4, 4 and 1 prompts
     taken = [row["step"] for row in bound]
     assert len(taken) < 15 and taken[-1] == 15
     for before, row in itertools.pairwise(bound):
         assert ("score" in row) == (before["step_kl"] > 0.01 or before["step"] in (6, 12)), "a rollout ends with the step that went too far"
     assert [row["lr"] for row in bound] == [every[step - 1]["lr"] for step in taken]
-    due = {next(step for step in taken if step >= n) for n in (2, 4, 6, 8, 10, 12, 14)}
-    assert not {2, 4, 6, 8, 10, 12, 14} <= set(taken), "else this shows nothing"
+    due = {next(step for step in taken if step >= n) for n in (5, 10, 15)}
+    assert due != {5, 10, 15}, "else this shows nothing"
     saved = set(checkpoint.saved_steps(tmp_path / "bound" / "checkpoints"))
-    assert saved == {*due, 15}, "a checkpoint whose step was left out is made at the next"
+    assert saved == due, "a checkpoint whose step was left out is made at the next"
 
 
 def test_redraw_replaces_prompts_that_teach_nothing_and_counts_them(place: Path, tmp_path: Path) -> None:

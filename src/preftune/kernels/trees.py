@@ -1,8 +1,9 @@
 """Attention of trees, forward and backward, in bf16: each branch over its prompt and itself, no score of what it does not see.
 
-A part is one tree and one head of keys. Its keys and values are laid out once by pairs, as the CPU multiplies bf16, every branch from an
-even place. Then come blocks of queries: the scores of a block stay in the core's cache from their product to the last that needs them
-(FlashAttention, arXiv 2205.14135, where a row of scores is short enough to be whole). Sums are in fp32 throughout.
+A part is one tree and one head of keys, with all its heads of queries or, where threads would wait for each other, one of them. Its keys
+and values are laid out once by pairs, as the CPU multiplies bf16, every branch from an even place. Then come blocks of queries: the scores
+of a block stay in the core's cache from their product to the last that needs them (FlashAttention, arXiv 2205.14135, where a row of scores
+is short enough to be whole). Sums are in fp32 throughout.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from preftune.kernels.tiles import (
 
 _BLOCK = 48
 """Queries at a time, of one head and one branch."""
+_PARTS = 4
+"""Parts that each thread should find, else it waits for the longest of another's."""
 _WIDE = 64
 """Columns that a product may write at once: what is behind a piece of the scores begins at such a multiple."""
 _LOWEST, _ONE, _ZERO = np.float32(-3e38), np.float32(1), np.float32(0)
@@ -142,16 +145,16 @@ def _forward(address):
     ask = given(address)
     q, k, v, out, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
     count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
-    q_row, q_head, k_row, k_head, v_row, v_head = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19]
+    q_row, q_head, k_row, k_head, v_row, v_head, shares = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20]
     room, wide = longest + _WIDE, longest + 2 * _WIDE
     keys, values = np.empty((d // 2, room), np.int32), np.empty((room // 2, d), np.int32)
     scores, weights = np.empty((_BLOCK, wide), np.float32), np.empty((_BLOCK, wide), np.int16)
     result = np.empty((_BLOCK, d), np.float32)
     while True:
         taken = next_part(address)
-        if taken >= count * kv:
+        if taken >= count * kv * shares:
             break
-        tree, head = 4 * (taken // kv), taken % kv
+        tree, head, share = 4 * (taken // (kv * shares)), taken // shares % kv, taken % shares
         first, prompt, responses, sized = trees[tree], trees[tree + 1], trees[tree + 2], trees[tree + 3]
         row, place = first, 0
         for branch in range(responses + 1):
@@ -162,10 +165,10 @@ def _forward(address):
         row, place = first, 0
         for branch in range(responses + 1):
             n = prompt if branch == 0 else sizes[sized + branch - 1]
-            shared = heads // kv
+            shared = heads // kv // shares
             blocks = (n + _BLOCK - 1) // _BLOCK
             for block in range(blocks * shared):
-                h, r = head * shared + block // blocks, block % blocks * _BLOCK
+                h, r = (head * shares + share) * shared + block // blocks, block % blocks * _BLOCK
                 rows = min(n - r, _BLOCK)
                 seen, many, own, more = _pieces(branch, prompt, r, rows, window)
                 behind = _up(many, _WIDE)
@@ -219,12 +222,12 @@ def _by_pairs(scores, slopes, weights, pulls, pulls_along, rows, whole):
 
 
 @njit(inline="always")
-def _down(source, column, to, to_row, tokens, width):
-    """Columns [width, ..] of floats, as rows of bf16."""
+def _down(source, column, to, first, lines, tokens, width):
+    """Columns [width, ..] as rows of floats, the first of them line `first` and `lines` from one to the next."""
     for j in range(tokens):
-        line = at16(to + 2 * j * to_row)
+        line = at32(to + 4 * (first + j * lines) * width)
         for c in range(width):
-            line[c] = narrow(source[c, column + j])
+            line[c] = source[c, column + j]
 
 
 @njit(inline="always")
@@ -233,7 +236,7 @@ def _backward(address):
     q, k, v, grad, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
     count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20], ask[21]
-    d_q, d_k, d_v = ask[22], ask[23], ask[24]
+    d_q, d_k, d_v, shares = ask[22], ask[23], ask[24], ask[25]
     room, wide = longest + _WIDE, longest + 2 * _WIDE
     keys, values = np.empty((d // 2, room), np.int32), np.empty((d // 2, room), np.int32)
     keys_along = np.empty((room // 2, d), np.int32)
@@ -244,9 +247,9 @@ def _backward(address):
     turned, result = np.empty((d, _BLOCK // 2), np.int32), np.empty((_BLOCK, d), np.float32)
     while True:
         taken = next_part(address)
-        if taken >= count * kv:
+        if taken >= count * kv * shares:
             break
-        tree, head = 4 * (taken // kv), taken % kv
+        tree, head, share = 4 * (taken // (kv * shares)), taken // shares % kv, taken % shares
         first, prompt, responses, sized = trees[tree], trees[tree + 1], trees[tree + 2], trees[tree + 3]
         row, place = first, 0
         for branch in range(responses + 1):
@@ -261,10 +264,10 @@ def _backward(address):
         row, place = first, 0
         for branch in range(responses + 1):
             n = prompt if branch == 0 else sizes[sized + branch - 1]
-            shared = heads // kv
+            shared = heads // kv // shares
             blocks = (n + _BLOCK - 1) // _BLOCK
             for block in range(blocks * shared):
-                h, r = head * shared + block // blocks, block % blocks * _BLOCK
+                h, r = (head * shares + share) * shared + block // blocks, block % blocks * _BLOCK
                 rows = min(n - r, _BLOCK)
                 seen, many, own, more = _pieces(branch, prompt, r, rows, window)
                 behind = _up(many, _WIDE)
@@ -293,8 +296,8 @@ def _backward(address):
         row, place = first, 0
         for branch in range(responses + 1):
             n = prompt if branch == 0 else sizes[sized + branch - 1]
-            _down(of_keys, place, d_k + 2 * (row * kv + head) * d, kv * d, n, d)
-            _down(of_values, place, d_v + 2 * (row * kv + head) * d, kv * d, n, d)
+            _down(of_keys, place, d_k, (row * kv + head) * shares + share, kv * shares, n, d)
+            _down(of_values, place, d_v, (row * kv + head) * shares + share, kv * shares, n, d)
             row, place = row + n, place + _up(n, 2)
 
 
@@ -325,7 +328,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, trees: Trees, window: int | None) -
     out, stats = q.new_empty((tokens, heads, width)), q.new_empty((heads, tokens, 2), dtype=torch.float32)
     rows, sizes, numbers = _told(trees, q, k, window)
     where = [x.data_ptr() for x in (q, k, v, out, stats, rows, sizes)]
-    _FORWARD(*where, *numbers, *_strides(q, k, v))
+    _FORWARD(*where, *numbers, *_strides(q, k, v), _shares(trees, q, k))
     return out.transpose(0, 1), stats
 
 
@@ -334,12 +337,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what `forward` was given, from that of its result, `grad` [H, T, d]."""
     q, k, v, grad = (_readable(x) for x in (q, k, v, grad))
-    made = [x.new_empty((x.shape[1], len(x), x.shape[2])) for x in (q, k, v)]
+    heads, tokens, width = q.shape
+    shares = _shares(trees, q, k)
+    d_q = q.new_empty((tokens, heads, width))
+    d_k, d_v = (k.new_empty((tokens, len(k), shares, width), dtype=torch.float32) for _ in range(2))
     rows, sizes, numbers = _told(trees, q, k, window)
     where = [x.data_ptr() for x in (q, k, v, grad, stats, rows, sizes)]
-    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *(x.data_ptr() for x in made))
-    d_q, d_k, d_v = (x.transpose(0, 1) for x in made)
-    return d_q, d_k, d_v
+    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *(x.data_ptr() for x in (d_q, d_k, d_v)), shares)
+    d_k, d_v = (x.sum(2) if shares > 1 else x.squeeze(2) for x in (d_k, d_v))
+    return d_q.transpose(0, 1), d_k.to(k.dtype).transpose(0, 1), d_v.to(v.dtype).transpose(0, 1)
+
+
+def _shares(trees: Trees, q: Tensor, k: Tensor) -> int:
+    """Into how many parts the heads of queries that share a head of keys are cut: each alone where there are few parts for the threads."""
+    return 1 if len(trees) * len(k) >= _PARTS * torch.get_num_threads() else len(q) // len(k)
 
 
 def _readable(x: Tensor) -> Tensor:
