@@ -1,6 +1,6 @@
 """Loops that PyTorch has no single call for, compiled for this machine's CPU by numba the first time they are needed.
 
-A model's products of matrices stay with PyTorch. What lies between them is a chain of small operations each of which reads and writes all
+A model's linear layers stay with PyTorch. What lies between them is a chain of small operations each of which reads and writes all
 of its numbers; here such a chain is one loop. Every kernel has a twin in plain PyTorch beside its caller, which runs where numba is not
 installed, on other devices, and with `PREFTUNE_KERNELS=off`; the tests hold the two against each other.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ from numba import njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, bits, given, my_share
-from preftune.kernels.tiles import at32, at64, exp, highest, highest_half, memory, real
+from preftune.kernels.tiles import at32, exp, highest, highest_half, memory, real
 
 _ONE, _ZERO, _LOWEST = np.float32(1), np.float32(0), np.float32(-3e38)
-_SUMMED, _TOGETHER = 512, 64
-"""Numbers of a row that are summed in fp32, and rows whose gradients are."""
+_TOGETHER = 64
+"""Rows whose gradients of a weight are summed in fp32, in order."""
 
 
 def _norm(half: bool) -> Any:
@@ -171,63 +170,6 @@ def _exp_sums(half: bool) -> Any:
     return exp_sums
 
 
-def _log_sums(half: bool) -> Any:
-    size, get, _ = memory(half)
-    highest_of = highest_half if half else highest
-
-    @njit(inline="always")
-    def log_sums(address):
-        ask = given(address)
-        logits, lse, entropy = ask[0], at32(ask[1]), at32(ask[2])
-        rows, width, logits_row, scale = ask[3], ask[4], ask[5], real(ask[6])
-        first, last = my_share(address, rows)
-        for row in range(first, last):
-            line = logits + size * row * logits_row
-            top = highest_of(line, width, _LOWEST)
-            whole, along = np.float64(0), np.float64(0)
-            for start in range(0, width, _SUMMED):
-                total, pulled = np.float32(0), np.float32(0)
-                for c in range(start, min(start + _SUMMED, width)):
-                    z = (get(line, c) - top) * scale
-                    weight = exp(z)
-                    total += weight
-                    pulled += weight * max(z, _LOWEST)  # nothing times minus infinity is nothing
-                whole += np.float64(total)
-                along += np.float64(pulled)
-            lse[row] = np.float32(math.log(whole) + top * scale)
-            entropy[row] = np.float32(math.log(whole) - along / whole)
-
-    return log_sums
-
-
-def _log_sums_back(half: bool) -> Any:
-    size, get, put = memory(half)
-
-    @njit(inline="always")
-    def log_sums_back(address):
-        ask = given(address)
-        logits, lse, entropy, targets = ask[0], at32(ask[1]), at32(ask[2]), at64(ask[3])
-        pull, pull_entropy = at32(ask[4]), ask[5]
-        rows, width, logits_row, scale = ask[6], ask[7], ask[8], real(ask[9])
-        first, last = my_share(address, rows)
-        for row in range(first, last):
-            line, offset, g = logits + size * row * logits_row, lse[row], pull[row]
-            chosen = get(line, targets[row]) * scale - offset
-            own = g - exp(chosen) * g
-            if pull_entropy:
-                e, mean = at32(pull_entropy)[row], entropy[row]
-                own -= exp(chosen) * e * (chosen + mean)
-                for c in range(width):
-                    z = get(line, c) * scale - offset
-                    put(line, c, -exp(z) * (g + e * (max(z, _LOWEST) + mean)) * scale)
-            else:
-                for c in range(width):
-                    put(line, c, -exp(get(line, c) * scale - offset) * g * scale)
-            put(line, targets[row], own * scale)
-
-    return log_sums_back
-
-
 @njit(inline="always")
 def _norm_back(address):
     """Of fp32 rows. The weight's gradient is left as sums over `_TOGETHER` rows each, the same for any number of threads."""
@@ -258,8 +200,6 @@ _gated_halves, _gated_floats = _gated(True), _gated(False)
 _gated_back_halves, _gated_back_floats = _gated_back(True), _gated_back(False)
 _exp_sums_halves, _exp_sums_floats = _exp_sums(True), _exp_sums(False)
 _tree_softmax_halves, _tree_softmax_floats = _tree_softmax(True), _tree_softmax(False)
-_log_sums_halves, _log_sums_floats = _log_sums(True), _log_sums(False)
-_log_sums_back_halves, _log_sums_back_floats = _log_sums_back(True), _log_sums_back(False)
 
 
 def _norm16(address: int) -> None:
@@ -310,22 +250,6 @@ def _tree_softmax32(address: int) -> None:
     _tree_softmax_floats(address)
 
 
-def _log_sums16(address: int) -> None:
-    _log_sums_halves(address)
-
-
-def _log_sums32(address: int) -> None:
-    _log_sums_floats(address)
-
-
-def _log_sums_back16(address: int) -> None:
-    _log_sums_back_halves(address)
-
-
-def _log_sums_back32(address: int) -> None:
-    _log_sums_back_floats(address)
-
-
 def _norm_back32(address: int) -> None:
     _norm_back(address)
 
@@ -335,8 +259,6 @@ _TURNS = {torch.bfloat16: Kernel(_turn16), torch.float32: Kernel(_turn32)}
 _GATES = {torch.bfloat16: Kernel(_gated16), torch.float32: Kernel(_gated32)}
 _GATES_BACK = {torch.bfloat16: Kernel(_gated_back16), torch.float32: Kernel(_gated_back32)}
 _SUMS = {torch.bfloat16: Kernel(_exp_sums16), torch.float32: Kernel(_exp_sums32)}
-_LOG_SUMS = {torch.bfloat16: Kernel(_log_sums16), torch.float32: Kernel(_log_sums32)}
-_LOG_SUMS_BACK = {torch.bfloat16: Kernel(_log_sums_back16), torch.float32: Kernel(_log_sums_back32)}
 _NORM_BACK = Kernel(_norm_back32)
 _SOFTMAXES = {torch.bfloat16: Kernel(_tree_softmax16), torch.float32: Kernel(_tree_softmax32)}
 
@@ -394,23 +316,6 @@ def exp_sums(logits: Tensor, block: int) -> tuple[Tensor, Tensor]:
     top, sums = (logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, -(-width // block))))
     _SUMS[logits.dtype](*(x.data_ptr() for x in (logits, top, sums)), rows, width, block, logits.stride(0))
     return top, sums
-
-
-def log_sums(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Fp32 log-sum-exp, and entropy in nats, of each row of scale * logits [B, V], scale > 0; [B] each."""
-    lse, entropy = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-    where = [x.data_ptr() for x in (logits, lse, entropy)]
-    _LOG_SUMS[logits.dtype](*where, *logits.shape, logits.stride(0), bits(scale))
-    return lse, entropy
-
-
-def log_sums_back(
-    logits: Tensor, lse: Tensor, entropy: Tensor | None, targets: Tensor, pull: Tensor, pull_entropy: Tensor | None, scale: float
-) -> Tensor:
-    """Gradient of the logits [B, V], in their place, from those of log-probabilities of `targets` and of entropies, fp32 [B] each."""
-    where = [0 if x is None else x.data_ptr() for x in (logits, lse, entropy, targets, pull, pull_entropy)]
-    _LOG_SUMS_BACK[logits.dtype](*where, *logits.shape, logits.stride(0), bits(scale))
-    return logits
 
 
 def norm_back(states: Tensor, pull: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def _slopes(
 
 def _kernels(logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Any:
     """The kernels, where they can do these logits."""
-    kernels = find("pointwise") if bias is None and softcap is None and scale > 0 else None
+    kernels = find("logprobs") if bias is None and softcap is None and scale > 0 else None
     return kernels if kernels is not None and kernels.takes(logits) else None
 
 
