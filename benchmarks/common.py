@@ -26,7 +26,7 @@ from preftune.rounds.methods import config_kind
 from preftune.training.config import RunConfig
 from preftune.training.distributed import World
 from preftune.training.learner import Learner, Schedule, make_optimizer
-from preftune.training.reference import live_reference
+from preftune.training.reference import frozen_reference
 from preftune.training.setup import compute_dtype, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +39,25 @@ def data_file(path: Path) -> Path:
     if not path.exists():
         raise SystemExit(f"{path} is not here; give --data FILE with HH transcripts or other pairs")
     return path
+
+
+SYSTEM = ", system allocator"
+"""Behind the name of a side that runs without the caching allocator which Preftune brings."""
+
+
+def under(allocators: str) -> list[bool]:
+    """Whether mimalloc is preloaded, for each word of `mimalloc,system`; False alone where there is no choice."""
+    if odd := set(allocators.split(",")) - {"mimalloc", "system"}:
+        raise SystemExit(f"--allocators {allocators}: {odd.pop()} is none of mimalloc, system")
+    return [False] if allocator() is None or torch.cuda.is_available() else [one == "mimalloc" for one in allocators.split(",")]
+
+
+def beside(side: str, mine: str, known: Sequence[str]) -> dict[str, str]:
+    """Which of our sides, whose names begin with `mine`, the peer's `side` is compared with: under the same allocator, and as installed."""
+    found = {"the same allocator": mine + SYSTEM if side.endswith(SYSTEM) else mine}
+    if side.endswith(SYSTEM):
+        found["each as installed"] = mine
+    return {how: one for how, one in found.items() if one in known}
 
 
 def settled_precision(wanted: str) -> str:
@@ -78,8 +97,7 @@ def our_learner(method: Method, model: Path, *, precision: str, budget: int, ste
     trained, _, _ = load_model(method, config, source, compute, world)
     learner = Learner(method, config.method, trained, world, budget)
     if method.compares(config.method):
-        frozen = LanguageModel(load.load_causal_lm(source), compute=compute).to(world.device).requires_grad_(False)
-        learner.reference = live_reference(frozen)
+        learner.reference = frozen_reference(source, compute, world.device)
     return with_optimizer(learner, steps)
 
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import HH, data_file, own_process, settled_precision, unpack
+from benchmarks.common import HH, data_file, own_process, settled_precision, under, unpack
 from benchmarks.worker import PER_STEP
 from preftune import formats
-from preftune.cli.preload import allocator
 
 
 def records(path: Path, count: int, long_prompts: bool, tokenizer: Any) -> list[dict[str, Any]]:
@@ -112,7 +111,7 @@ def main() -> None:
         folder = Path(scratch)
         tokenizer, config = unpack(options.model, folder / "model")
         (folder / "rows.json").write_text(json.dumps(records(options.data, PER_STEP * options.steps, options.long_prompts, tokenizer)))
-        kinds = [False] if allocator() is None or torch.cuda.is_available() else [a == "mimalloc" for a in options.allocators.split(",")]
+        kinds = under(options.allocators)
         results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
         for number in range(options.rounds):
             for mimalloc in kinds:

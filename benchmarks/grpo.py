@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import trl_ppo
-from benchmarks.common import DTYPES, HH, data_file, hand_over, own_process, settled_precision, synchronise, unpack
+from benchmarks.common import DTYPES, HH, SYSTEM, beside, data_file, hand_over, own_process, settled_precision, synchronise, under, unpack
 from benchmarks.dpo import matmul_rate
 from preftune import formats
 from preftune.configfile import load as load_config
@@ -247,12 +247,15 @@ def say(text: str) -> None:
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Every side, round after round. Ends the program where the sides did not read the same prompts."""
     found: dict[str, list[dict[str, Any]]] = {}
+    kinds = under(options.allocators)
+    sides = [(side, words, mimalloc) for mimalloc in kinds for side, words in sides_of(options).items()]
     for number in range(options.rounds):
-        for side, words in sides_of(options).items():
+        for side, words, mimalloc in sides:
+            side += SYSTEM if any(kinds) and not mimalloc else ""
             shared = ["--folder", str(options.folder), "--method", options.method, "--precision", options.precision]
             for name in ("prompts", "responses", "tokens", "steps", "max_length", "tokens_per_microbatch"):
                 shared += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-            one = own_process("benchmarks.grpo", [*shared, *words], mimalloc=not torch.cuda.is_available())
+            one = own_process("benchmarks.grpo", [*shared, *words], mimalloc=mimalloc)
             if not one:
                 say(f"round {number + 1}, {side}: out of memory, killed by the system")
                 continue
@@ -285,11 +288,12 @@ def show(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace, 
     for side, runs in results.items():
         cells = [f"{whole[side]:.2f}", *(f"{parts[side][p]:.2f}" for p in PHASES), f"{memory[side]:.2f}", f"{runs[0]['scores'][0]:.3f}"]
         print(f"| {side} | {' | '.join(cells)} |")
-    for side in results:
-        if side != PREFTUNE:
-            phases = ", ".join(f"{p} {parts[side][p] / max(parts[PREFTUNE][p], ROUNDING):.1f}x" for p in PHASES if p != "judging")
-            print(f"{side}: {whole[side] / whole[PREFTUNE]:.2f}x our time ({phases}), {memory[side] / memory[PREFTUNE]:.1f}x our memory")
-    others = [side for side in results if side != PREFTUNE]
+    others = [side for side in results if not side.startswith(PREFTUNE)]
+    for side in others:
+        for how, mine in beside(side, PREFTUNE, list(results)).items():
+            phases = ", ".join(f"{p} {parts[side][p] / max(parts[mine][p], ROUNDING):.1f}x" for p in PHASES if p != "judging")
+            ratios = f"{whole[side] / whole[mine]:.2f}x our time ({phases}), {memory[side] / memory[mine]:.1f}x our memory"
+            print(f"{side}, {how}: {ratios}")
     if others:
         best = min(others, key=lambda side: whole[side])
         print(f"its fastest setting, {best}, takes {whole[best] / whole[PREFTUNE]:.2f}x our time")
@@ -321,6 +325,7 @@ def options_of() -> argparse.Namespace:
         "--trl", default="8+checkpointing,8,32+checkpointing,32",
         help="rows of TRL's batches, with `+checkpointing` behind them or without, separated by commas: what is no divisor is refused",
     )  # fmt: skip
+    parser.add_argument("--allocators", default="mimalloc,system", help="that every side runs under, one after the other")
     parser.add_argument("--trl-ppo", type=Path, metavar="FOLDER", help="where `pip install --no-deps --target FOLDER trl==1.12.0` put it")
     parser.add_argument("--weights", choices=list(DTYPES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the results as JSON")

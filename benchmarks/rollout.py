@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import DTYPES, HH, data_file, hand_over, own_process, settled_precision, synchronise, unpack
+from benchmarks.common import DTYPES, HH, SYSTEM, beside, data_file, hand_over, own_process, settled_precision, synchronise, under, unpack
 from benchmarks.dpo import matmul_rate
 from preftune import formats
 from preftune.models import load
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--passes", type=int, default=3, help="passes a process; the first is not counted")
     parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--allocators", default="mimalloc,system", help="that every side but vLLM runs under, one after the other")
     parser.add_argument("--vllm", type=Path, help="a Python with vLLM in it; without it vLLM is left out")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--part", choices=[PREFTUNE, PLAIN], help=argparse.SUPPRESS)
@@ -217,17 +218,21 @@ def measure(name: str, prompts: Sequence[Sequence[int]], ends: Sequence[int], op
     """Every side of one workload, round after round."""
     work = WORKLOADS[name]
     batches = sorted({min(int(b), work.prompts * work.n) for b in options.batches.split(",")})
-    sides = [PREFTUNE, *(f"{PLAIN}, batches of {b}" for b in batches), *([VLLM] if options.vllm else [])]
+    kinds = under(options.allocators)
+    names = (PREFTUNE, *(f"{PLAIN}, batches of {b}" for b in batches))
+    sides = {name + (SYSTEM if any(kinds) and not mimalloc else ""): mimalloc for mimalloc in kinds for name in names}
+    if options.vllm:
+        sides[VLLM] = False
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(options.rounds):
-        for side in sides:
+        for side, mimalloc in sides.items():
             if side == VLLM:
                 one = vllm(options, work, prompts[: work.prompts], ends)
             else:
-                part, _, batch = side.partition(", batches of ")
+                part, _, batch = side.removesuffix(SYSTEM).partition(", batches of ")
                 words = ["--part", part, "--folder", str(options.folder), "--workload", name, "--passes", str(options.passes)]
                 words += ["--precision", options.precision, "--batch", batch or "0"]
-                one = own_process("benchmarks.rollout", words, mimalloc=not torch.cuda.is_available())
+                one = own_process("benchmarks.rollout", words, mimalloc=mimalloc)
             if one:
                 found[side].append(one)
                 rates = ", ".join(f"{t / s:.0f}" for t, s in zip(one["drawn"], one["seconds"], strict=True))
@@ -248,8 +253,9 @@ def show(results: dict[str, Any], options: argparse.Namespace, config: Any, prom
         }
         for side, value in rate.items():
             memory = max(run["peak_memory"] for run in sides[side]) / 1e9
-            ratio = "" if side == PREFTUNE else f"{rate[PREFTUNE] / value:.2f}x"
-            print(f"| {name} | {side} | {value:.0f} | {memory:.2f} | {ratio} |")
+            mine = {"each as installed": PREFTUNE} if side == VLLM else beside(side, PREFTUNE, list(rate))
+            ratios = "" if side.startswith(PREFTUNE) else ", ".join(f"{rate[one] / value:.2f}x ({how})" for how, one in mine.items())
+            print(f"| {name} | {side} | {value:.0f} | {memory:.2f} | {ratios} |")
         drawn = statistics.mean(t for run in sides[PREFTUNE] for t in run["drawn"][1:])
         products, reading = limit(config, WORKLOADS[name], prompts, drawn, options.precision)
         taken = drawn / rate[PREFTUNE]

@@ -26,7 +26,7 @@ def options(tmp_path):
     return Namespace(
         folder=tmp_path, method="grpo", model="tiny", precision="fp32", prompts=2, responses=4, tokens=6, steps=2, rounds=1, rows=4,
         tokens_per_microbatch=256, max_length=128, checkpointing=False, trl="4",
-        trl_ppo=None,
+        trl_ppo=None, allocators="mimalloc",
     )  # fmt: skip
 
 
@@ -86,6 +86,11 @@ def test_the_table_says_what_was_measured(options, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "| preftune | 2.00 | 0.50 | 0.50 | 0.50 | 0.50 | 2.00 | 0.500 |" in said
     assert "trl, batches of 4, takes 4.00x our time" in said
+    sides = {"preftune": 2.0, "preftune, system allocator": 3.0, "trl, batches of 4, system allocator": 12.0}
+    grpo.show({side: [one(seconds)] for side, seconds in sides.items()}, options, config)
+    told = capsys.readouterr().out
+    assert "trl, batches of 4, system allocator, the same allocator: 4.00x our time" in told
+    assert "trl, batches of 4, system allocator, each as installed: 6.00x our time" in told
     work = grpo.operations(config, 20, 48, critic=False)
     assert f"our step is {2.0 / (sum(work.values()) / 1e9):.2f}x that" in said
 

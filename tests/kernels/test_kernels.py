@@ -141,6 +141,23 @@ def test_rotary_embedding(dtype):
 
 
 @BOTH
+def test_rotation_of_heads_and_its_gradient(dtype):
+    """Against the usual formula in float64, with halves of the angles that differ, read from where a joined product left them."""
+    heads, width, rows = 5, 48, 13
+    pointwise = kernels.find("pointwise")
+    x, grad = (normal(rows, heads * width + 7, seed=seed, dtype=dtype)[:, :-7].view(rows, heads, width).transpose(0, 1) for seed in (1, 2))
+    cos, sin = normal(rows, width, seed=3), normal(rows, width, seed=4)
+    leaf = x.double().requires_grad_()
+    true = leaf * cos.double() + torch.cat([-leaf[..., width // 2 :], leaf[..., : width // 2]], -1) * sin.double()
+    true.backward(grad.double())
+    for mine, exact in ((pointwise.rotate(x, cos, sin), true.detach()), (pointwise.rotate_back(grad, cos, sin), leaf.grad)):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        torch.testing.assert_close(
+            mine.double(), exact, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2 if dtype != torch.float32 else 1e-5
+        )
+
+
+@BOTH
 def test_gated_activation(dtype):
     both = normal(50, 2 * 96, seed=1, dtype=dtype) * 5
     gate, up = both.split(96, 1)
@@ -328,12 +345,13 @@ found = [
     p.norm_back(x, u, u[0], 1e-5)[0], p.norm_back(x, u, u[0], 1e-5)[1], *l.log_sums(x, 1.0),
     l.log_sums_back(x.clone(), *l.log_sums(x, 1.0), one(*range(50)), u[:, 0].contiguous(), u[:, 1].contiguous(), 1.0),
     p.tree_softmax(x[:, :80].contiguous().view(10, 20, 20), mask), *p.turn(x, 4, 2, u[:, :16].contiguous(), u[:, 16:32].contiguous()),
+    *(turn(x.view(50, 6, 16).transpose(0, 1), u[:, :16].contiguous(), u[:, 16:32].contiguous()) for turn in (p.rotate, p.rotate_back)),
     d.step(q, kv, kv, cache, own, one(0, 1), one(0, 1, 2), one(30, 17), at, most=1, longest=(30, 21), window=None, scaling=0.25),
 ]
 if t.multiplies_pairs():
     parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
-    made, stats = t.forward(*parts, [(10, (25, 15))], None)
-    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, [(10, (25, 15))], None))]
+    made, stats = t.forward(*parts, [(10, (25, 15))], None, 0.25)
+    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, [(10, (25, 15))], None, 0.25))]
 print([hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found])
 """
 
@@ -357,7 +375,7 @@ for name in sys.argv[1]:
         told = cache[:2], [x.clone() for x in cache[2:]], one(0, 1), one(0, 1, 2), one(30, 17), one(3, 20)
         made = find("decoding").step(q, kv, kv, *told, most=1, longest=(30, 21), window=None, scaling=0.25)
     else:
-        made, _ = find("trees").forward(x(4), x(2), x(2), [(40, (30, 20))], None)
+        made, _ = find("trees").forward(x(4), x(2), x(2), [(40, (30, 20))], None, 0.25)
     print(hashlib.sha256(made.float().contiguous().numpy().tobytes()).hexdigest())
 """
 

@@ -32,7 +32,7 @@ def made(heads, tokens, width, seed):
 def given(trees, heads, kv, width):
     tokens = sum(p + sum(r) for p, r in trees)
     q, k, v, grad = (made(h, tokens, width, seed) for seed, h in enumerate((heads, kv, kv, heads)))
-    return q * width**-0.5, k, v, grad
+    return q, k, v, grad
 
 
 def exact(trees, q, k, v, grad, window):
@@ -41,13 +41,15 @@ def exact(trees, q, k, v, grad, window):
     plan = TreePlan(Layout(tuple(trees)))
     lengths = plan.layout.lengths
     parts = enumerate(zip(*(x.split(lengths, 1) for x in leaves), strict=True))
-    out = torch.cat([_dense(*part, plan.dense_mask(i, window, part[0]), 1.0, None, None) for i, part in parts], 1)
+    scaling = q.shape[-1] ** -0.5
+    out = torch.cat([_dense(*part, plan.dense_mask(i, window, part[0]), scaling, None, None) for i, part in parts], 1)
     return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
 
 
 def ours(trees, q, k, v, grad, window):
-    out, stats = found.forward(q, k, v, trees, window)
-    return out, *found.backward(q, k, v, grad, stats, trees, window)
+    how = trees, window, q.shape[-1] ** -0.5
+    out, stats = found.forward(q, k, v, *how)
+    return out, *found.backward(q, k, v, grad, stats, *how)
 
 
 def far(one, other):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from preftune.models import lean
+from preftune.models import lean, load
 from preftune.models.attention import _additive, _dense, _DenseTrees
-from preftune.models.lean import LeanLinear, _Feed, _Gated, _LeanGated, _LeanNorm, _Products, _RootMeanSquare, make_lean
+from preftune.models.lean import LeanLinear, _Feed, _Gated, _LeanGated, _LeanNorm, _Products, _RootMeanSquare, freeze, make_lean
 from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import collate
@@ -61,7 +61,7 @@ def test_what_is_made_lean():
     assert lean_parts(llama) == {_LeanNorm: 2 * layers + 1, _LeanGated: layers, LeanLinear: 7 * layers}
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
 def test_a_norm_of_another_form_is_left_alone(kind):
     """Gemma multiplies by 1 + weight."""
     model = tiny.model(kind)
@@ -161,6 +161,31 @@ def test_one_product_serves_the_layers_that_read_the_same_states(monkeypatch):
     calls.clear()
     model(collate(TREES))
     assert calls == [3, 1, 2] * model.hf.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "gpt_neox", "gpt2"])
+def test_frozen_weights_give_the_same_bits_and_lie_in_half_the_memory(kind, tmp_path):
+    folder = tiny.save(tmp_path / kind, kind)
+    model, frozen = (LanguageModel(load.load_causal_lm(load.locate(str(folder))), compute=torch.bfloat16) for _ in range(2))
+    freeze(frozen.hf, torch.bfloat16)
+    batch = collate(TREES)
+    with torch.no_grad():
+        assert torch.equal(frozen(batch), model.eval()(batch))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    types = {name: p.dtype for name, p in frozen.hf.named_parameters()}
+    linear = {f"{name}.weight" for name, m in frozen.hf.named_modules() if isinstance(m, nn.Linear)}
+    assert all(types[name] == torch.bfloat16 for name in linear & types.keys())
+    assert all(kind == torch.float32 for name, kind in types.items() if "embed" in name or "norm" in name)
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen.parameters()}
+    assert sum(memory.values()) == sum(p.nbytes for p in frozen.parameters())  # none holds more than itself, a file say
+
+
+def test_frozen_in_fp32_nothing_changes():
+    model = tiny.model("llama")
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    make_lean(model)
+    freeze(model, torch.float32)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before and not any(p.requires_grad for p in model.parameters())
 
 
 def test_layers_given_other_states_than_their_siblings():

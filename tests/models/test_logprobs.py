@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from preftune import kernels
 from preftune.models import logprobs
 from preftune.models.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
 
@@ -35,6 +36,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | Non
 
 def rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * VOCABULARY * rows)
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 0)
 
 
 def run(function, leaves: tuple[Tensor | None, ...], *args, **options) -> tuple[Tensor, list[Tensor]]:
@@ -138,6 +140,41 @@ def test_the_logits_of_all_positions_are_never_held_at_once(options: dict, monke
         run(plain, (hidden, weight, bias), hidden, weight, targets, bias=bias, **options)
     assert theirs.elements == ROWS * VOCABULARY
     assert ours.elements == max(4 * VOCABULARY, ROWS * WIDTH)
+
+
+def test_few_logits_are_kept_for_the_backward_pass_and_many_are_not(monkeypatch) -> None:
+    hidden, weight, _, targets = inputs(bias=False)
+    products: list[tuple[int, ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and out.shape[1] == VOCABULARY:
+                products.append(tuple(out.shape))
+            return out
+
+    def both() -> tuple[list[Tensor], list[Tensor]]:
+        logp, entropy = chunked_logprobs_and_entropy(hidden, weight, targets)
+        loss = (logp * torch.linspace(-1, 2, ROWS)).sum() + 0.3 * entropy.sum()
+        return [list(torch.autograd.grad(loss, [hidden, weight], retain_graph=True)) for _ in range(2)]
+
+    with Products():
+        kept, again = both()
+    if kernels.find("logprobs") is not None:
+        assert products == [(ROWS, VOCABULARY)] * 2  # the second backward pass finds them no more
+    products.clear()
+    rows_at_once(monkeypatch, 8)
+    with Products():
+        chunked, _ = both()
+    assert products == [(8, VOCABULARY), (8, VOCABULARY), (7, VOCABULARY)] * 3
+    for one in (kept, again):
+        torch.testing.assert_close(one, chunked, atol=1e-5, rtol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * VOCABULARY * 8)
+    products.clear()
+    with torch.no_grad(), Products():
+        chunked_logprobs(hidden, weight, targets)
+    assert products == [(8, VOCABULARY), (8, VOCABULARY), (7, VOCABULARY)]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])

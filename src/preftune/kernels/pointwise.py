@@ -75,6 +75,33 @@ def _turn(half: bool) -> Any:
     return turn
 
 
+def _rotary(half: bool, back: bool) -> Any:
+    size, get, put = memory(half)
+
+    @njit(inline="always")
+    def rotary(address):
+        ask = given(address)
+        source, cos, sin, out = ask[0], ask[1], ask[2], ask[3]
+        tokens, heads, width, token_step, head_step = ask[4], ask[5], ask[6], ask[7], ask[8]
+        half_width = width // 2
+        first, last = my_share(address, tokens)
+        for token in range(first, last):
+            c, s = at32(cos + 4 * token * width), at32(sin + 4 * token * width)
+            for head in range(heads):
+                low, to = source + size * (token * token_step + head * head_step), out + size * (token * heads + head) * width
+                high = low + size * half_width
+                for i in range(half_width):
+                    a, b, j = get(low, i), get(high, i), half_width + i
+                    if back:
+                        put(to, i, a * c[i] + b * s[j])
+                        put(to, j, b * c[j] - a * s[i])
+                    else:
+                        put(to, i, a * c[i] - b * s[i])
+                        put(to, j, b * c[j] + a * s[j])
+
+    return rotary
+
+
 def _gated(half: bool) -> Any:
     size, get, put = memory(half)
 
@@ -196,6 +223,8 @@ def _norm_back(address):
 
 _norm_halves, _norm_floats = _norm(True), _norm(False)
 _turn_halves, _turn_floats = _turn(True), _turn(False)
+_rotary_halves, _rotary_floats = _rotary(True, False), _rotary(False, False)
+_rotary_back_halves, _rotary_back_floats = _rotary(True, True), _rotary(False, True)
 _gated_halves, _gated_floats = _gated(True), _gated(False)
 _gated_back_halves, _gated_back_floats = _gated_back(True), _gated_back(False)
 _exp_sums_halves, _exp_sums_floats = _exp_sums(True), _exp_sums(False)
@@ -216,6 +245,22 @@ def _turn16(address: int) -> None:
 
 def _turn32(address: int) -> None:
     _turn_floats(address)
+
+
+def _rotary16(address: int) -> None:
+    _rotary_halves(address)
+
+
+def _rotary32(address: int) -> None:
+    _rotary_floats(address)
+
+
+def _rotary_back16(address: int) -> None:
+    _rotary_back_halves(address)
+
+
+def _rotary_back32(address: int) -> None:
+    _rotary_back_floats(address)
 
 
 def _gated16(address: int) -> None:
@@ -256,6 +301,8 @@ def _norm_back32(address: int) -> None:
 
 _NORMS = {torch.bfloat16: Kernel(_norm16), torch.float32: Kernel(_norm32)}
 _TURNS = {torch.bfloat16: Kernel(_turn16), torch.float32: Kernel(_turn32)}
+_ROTARY = {torch.bfloat16: Kernel(_rotary16), torch.float32: Kernel(_rotary32)}
+_ROTARY_BACK = {torch.bfloat16: Kernel(_rotary_back16), torch.float32: Kernel(_rotary_back32)}
 _GATES = {torch.bfloat16: Kernel(_gated16), torch.float32: Kernel(_gated32)}
 _GATES_BACK = {torch.bfloat16: Kernel(_gated_back16), torch.float32: Kernel(_gated_back32)}
 _SUMS = {torch.bfloat16: Kernel(_exp_sums16), torch.float32: Kernel(_exp_sums32)}
@@ -284,6 +331,23 @@ def turn(both: Tensor, heads: int, kv: int, cos: Tensor, sin: Tensor) -> tuple[T
     where = [x.data_ptr() for x in (both, cos, sin, q, k)]
     _TURNS[both.dtype](*where, rows, heads, kv, width, both.stride(0))
     return q, k
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[H, T, d] heads turned by fp32 angles [T, d], in their own type; arXiv 2104.09864, eq. 34."""
+    return _rotated(_ROTARY, x, cos, sin)
+
+
+def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[H, T, d] gradient of what `rotate` turned, from that of its result."""
+    return _rotated(_ROTARY_BACK, grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin)
+
+
+def _rotated(kernels: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads, tokens, width = x.shape
+    out = x.new_empty((tokens, heads, width))
+    kernels[x.dtype](*(t.data_ptr() for t in (x, cos, sin, out)), tokens, heads, width, x.stride(1), x.stride(0))
+    return out.transpose(0, 1)
 
 
 def silu_gated(gate: Tensor, up: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from preftune.kernels.launch import Kernel, given, next_part
+from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.tiles import (
     LANES,
     PAIRS,
@@ -29,6 +29,7 @@ from preftune.kernels.tiles import (
     multiplies_pairs,
     narrow,
     paired,
+    real,
     small_product,
 )
 
@@ -146,6 +147,7 @@ def _forward(address):
     q, k, v, out, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
     count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
     q_row, q_head, k_row, k_head, v_row, v_head, shares = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20]
+    scaling = real(ask[21])
     room, wide = longest + _WIDE, longest + 2 * _WIDE
     keys, values = np.empty((d // 2, room), np.int32), np.empty((room // 2, d), np.int32)
     scores, weights = np.empty((_BLOCK, wide), np.float32), np.empty((_BLOCK, wide), np.int16)
@@ -180,7 +182,7 @@ def _forward(address):
                     _hide(at, branch, prompt, r + i, window, seen, many, own, behind, whole)
                     line, to, top, total = scores[i], weights[i], highest(at, whole, _LOWEST), _ZERO
                     for c in range(whole):
-                        one = exp(line[c] - top)
+                        one = exp((line[c] - top) * scaling)
                         total += one
                         to[c] = narrow(one)
                     told = at32(stats + 8 * (h * tokens + row + r + i))
@@ -195,15 +197,15 @@ def _forward(address):
 
 
 @njit(inline="always")
-def _softmax_back(line, slope, told, whole):
+def _softmax_back(line, slope, told, whole, scaling):
     """The weights of one query's scores, in their place, and the gradients of the scores, in that of the weights'."""
     top, inverse, along = told[0], told[1], _ZERO
     for c in range(whole):
-        one = exp(line[c] - top) * inverse
+        one = exp((line[c] - top) * scaling) * inverse
         line[c] = one
         along += one * slope[c]
     for c in range(whole):
-        slope[c] = line[c] * (slope[c] - along)
+        slope[c] = line[c] * (slope[c] - along) * scaling
 
 
 @njit(inline="always")
@@ -236,7 +238,7 @@ def _backward(address):
     q, k, v, grad, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
     count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20], ask[21]
-    d_q, d_k, d_v, shares = ask[22], ask[23], ask[24], ask[25]
+    d_q, d_k, d_v, shares, scaling = ask[22], ask[23], ask[24], ask[25], real(ask[26])
     room, wide = longest + _WIDE, longest + 2 * _WIDE
     keys, values = np.empty((d // 2, room), np.int32), np.empty((d // 2, room), np.int32)
     keys_along = np.empty((room // 2, d), np.int32)
@@ -281,7 +283,7 @@ def _backward(address):
                     at = slopes.ctypes.data + 4 * i * wide
                     fill(at + 4 * many, behind - many, _ZERO)  # no key is there; times a weight of nothing, NaN would still be NaN
                     fill(at + 4 * (behind + more), whole - behind - more, _ZERO)
-                    _softmax_back(scores[i], slopes[i], at32(told + 8 * i), whole)
+                    _softmax_back(scores[i], slopes[i], at32(told + 8 * i), whole, scaling)
                 _by_pairs(scores, slopes, weights, pulls, pulls_along, rows, whole)
                 _turned(pull, g_row, rows, d, turned)
                 _scatter(turned, weights, seen, place + own, of_values, (rows + 1) // 2, d, many, behind, more)
@@ -321,19 +323,22 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return on_cpu and q.shape[-1] == v.shape[-1] and q.shape[-1] % LANES == 0 and multiplies_pairs()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, trees: Trees, window: int | None) -> tuple[Tensor, Tensor]:
-    """[H, T, d] attention of scaled queries [H, T, d] over keys and values [Hkv, T, d], and what `backward` needs of it, fp32 [H, T, 2]."""
+def forward(q: Tensor, k: Tensor, v: Tensor, trees: Trees, window: int | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """[H, T, d] attention of queries [H, T, d] over keys and values [Hkv, T, d], its scores times `scaling` > 0.
+
+    With it what `backward` needs, fp32 [H, T, 2].
+    """
     q, k, v = (_readable(x) for x in (q, k, v))
     heads, tokens, width = q.shape
     out, stats = q.new_empty((tokens, heads, width)), q.new_empty((heads, tokens, 2), dtype=torch.float32)
     rows, sizes, numbers = _told(trees, q, k, window)
     where = [x.data_ptr() for x in (q, k, v, out, stats, rows, sizes)]
-    _FORWARD(*where, *numbers, *_strides(q, k, v), _shares(trees, q, k))
+    _FORWARD(*where, *numbers, *_strides(q, k, v), _shares(trees, q, k), bits(scaling))
     return out.transpose(0, 1), stats
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, stats: Tensor, trees: Trees, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, stats: Tensor, trees: Trees, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what `forward` was given, from that of its result, `grad` [H, T, d]."""
     q, k, v, grad = (_readable(x) for x in (q, k, v, grad))
@@ -343,7 +348,7 @@ def backward(
     d_k, d_v = (k.new_empty((tokens, len(k), shares, width), dtype=torch.float32) for _ in range(2))
     rows, sizes, numbers = _told(trees, q, k, window)
     where = [x.data_ptr() for x in (q, k, v, grad, stats, rows, sizes)]
-    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *(x.data_ptr() for x in (d_q, d_k, d_v)), shares)
+    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *(x.data_ptr() for x in (d_q, d_k, d_v)), shares, bits(scaling))
     d_k, d_v = (x.sum(2) if shares > 1 else x.squeeze(2) for x in (d_k, d_v))
     return d_q.transpose(0, 1), d_k.to(k.dtype).transpose(0, 1), d_v.to(v.dtype).transpose(0, 1)
 

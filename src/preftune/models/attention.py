@@ -9,7 +9,6 @@ FlexAttention call with a block mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -158,18 +157,17 @@ class _ByKernel(torch.autograd.Function):
     """The same by the kernels, in bf16: each branch over its prompt and itself. Keeps two numbers a row beside what it is given."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernels: Any, trees: Sequence[Any], window: int | None) -> Tensor:
-        out, stats = kernels.forward(q, k, v, trees, window)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernels: Any, *how: Any) -> Tensor:
+        out, stats = kernels.forward(q, k, v, *how)  # trees, window, scaling
         ctx.save_for_backward(q, k, v, stats)
-        ctx.how = kernels, trees, window
+        ctx.kernels, ctx.how = kernels, how
         made: Tensor = out
         return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, stats = ctx.saved_tensors
-        kernels, trees, window = ctx.how
-        return *kernels.backward(q, k, v, grad, stats, trees, window), None, None, None
+        return *ctx.kernels.backward(q, k, v, grad, stats, *ctx.how), None, None, None, None
 
 
 def _weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
@@ -224,10 +222,10 @@ def _cpu_attention(
     lengths = plan.layout.lengths
     plain = softcap is None and sinks is None
     dense = DENSE_TOKENS if plain else min(DENSE_TOKENS, KEPT_TOKENS)
-    if plain and v.dtype == torch.bfloat16:
-        kernels, scaled = find("trees"), (q * scaling).to(v.dtype)
-        if kernels is not None and kernels.takes(scaled, v):
-            return _ByKernel.apply(scaled, k.to(v.dtype), v, kernels, plan.layout.trees, window)
+    if plain and v.dtype == torch.bfloat16 and scaling > 0:
+        kernels, queries = find("trees"), q.to(v.dtype)
+        if kernels is not None and kernels.takes(queries, v):
+            return _ByKernel.apply(queries, k.to(v.dtype), v, kernels, plan.layout.trees, window, scaling)
     if plain and max(lengths) <= dense:
         masks = [plan.dense_mask(i, window, v) for i in range(len(lengths))]
         return _DenseTrees.apply((q * scaling).to(v.dtype), k.to(v.dtype), v, list(lengths), masks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from preftune.kernels import find
+from preftune.models.rotary import turned_by_kernels
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one block that most architectures give the same states."""
@@ -52,17 +54,47 @@ def make_lean(model: nn.Module) -> None:
         for kind in (_LeanNorm, _LeanGated):
             if kind.looks_like(block) and kind.equals(block):
                 block.__class__ = type(type(block).__name__, (kind, type(block)), {})
+        block.__class__ = turned_by_kernels(type(block)) or type(block)
+
+
+@torch.no_grad()
+def freeze(model: nn.Module, compute: torch.dtype) -> None:
+    """Keep the weights of a lean model that trains no more in the type of its products: the same numbers, cast once."""
+    model.eval().requires_grad_(False)
+    if compute == torch.float32:
+        return
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.to(compute), requires_grad=False)  # embeddings tied to it stay as they are
+    for joined in {m.joined for m in model.modules() if type(m) is LeanLinear}:
+        whole, *apart = _cast([layer.weight for layer in joined.layers], compute)
+        if not apart:
+            for layer, part in zip(joined.layers, whole.split([len(layer.weight) for layer in joined.layers]), strict=True):
+                layer.weight.data = part
+    for left in model.parameters():
+        if left.dtype != compute:
+            left.data = left.data.clone()  # else it would hold the whole file that it was read from in memory
 
 
 def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """[V_i, D] weights as products of `dtype` take them: themselves, or where that needs a cast all of them as one."""
+    """[V_i, D] weights as products of `dtype` take them: as one where they lie so or need a cast, else themselves."""
     if all(w.dtype == dtype for w in weights):
-        return tuple(weights)
+        return (_as_one(weights),) if _follow(weights) else tuple(weights)
     sizes = [len(w) for w in weights]
     whole = weights[0].new_empty((sum(sizes), weights[0].shape[1]), dtype=dtype)
     for into, weight in zip(whole.split(sizes), weights, strict=True):
         into.copy_(weight)
     return (whole,)
+
+
+def _follow(weights: Sequence[Tensor]) -> bool:
+    """Whether they are parts of one matrix, in its order, as `freeze` leaves them."""
+    one_memory = len({w.untyped_storage().data_ptr() for w in weights}) == 1 and all(w.is_contiguous() for w in weights)
+    return one_memory and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(weights))
+
+
+def _as_one(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
 
 
 def _times(rows: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -114,10 +146,14 @@ class _Products(torch.autograd.Function):
         flat = [_flat(grad, ctx.compute) for grad in grads]
         need_x, _, _, *needed = ctx.needs_input_grad
         shape, dtype = ctx.like
-        d_x = _times_back(torch.cat(flat, 1) if len(flat) > 1 else flat[0], weights).to(dtype).view(shape) if need_x else None
+        whole = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
+        d_x = _times_back(whole, weights).to(dtype).view(shape) if need_x else None
         found: list[Tensor | None] = [None] * len(needed)
+        if all(needed[: len(flat)]):
+            pulled = (whole.T @ rows).to(ctx.types[0]).split([grad.shape[1] for grad in flat])
+            found[: len(flat)] = [part.to(kind) for part, kind in zip(pulled, ctx.types, strict=False)]
         for i, grad in enumerate(flat):
-            if needed[i]:
+            if needed[i] and found[i] is None:
                 found[i] = (grad.T @ rows).to(ctx.types[i])
             if needed[len(flat) + i]:
                 found[len(flat) + i] = grad.sum(0, dtype=ctx.types[len(flat) + i])

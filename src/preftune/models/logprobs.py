@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from hidden states, without ever holding the logits of all positions."""
+"""Log-probabilities of chosen tokens from hidden states, without holding the logits of all positions unless they are few."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from preftune.kernels import find
 
 CHUNK_BYTES = 128 * 2**20
 """Logits in flight at once, in fp32."""
+KEPT_BYTES = 256 * 2**20
+"""Logits up to this size are kept for the backward pass, in the type of the products, where kernels read them as they are."""
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -27,18 +29,24 @@ class _ChunkedLogProbs(torch.autograd.Function):
         softcap: float | None,
         compute: torch.dtype,
         with_entropy: bool,
+        backward_follows: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        w = weight.to(compute)
+        size = len(hidden) * weight.shape[0] * w.element_size()
+        keeps = backward_follows and size <= KEPT_BYTES and _kernels(w, bias, scale, softcap) is not None
+        rows = max(1, len(hidden) if keeps else CHUNK_BYTES // (4 * weight.shape[0]))
         lse = torch.empty(len(hidden), dtype=_accumulate(compute), device=hidden.device)
         picked = torch.empty_like(lse)
         entropy = torch.empty_like(lse) if with_entropy else None
-        w = weight.to(compute)
+        ctx.kept = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = hidden[part].to(compute) @ w.T
             if (kernels := _kernels(logits, bias, scale, softcap)) is not None:
                 picked[part] = logits.gather(1, targets[part, None]).squeeze(1).float() * scale
                 lse[part], told = kernels.log_sums(logits, scale)
+                if keeps:
+                    ctx.kept.append((w, logits))
                 if entropy is not None:
                     entropy[part] = told
                 continue
@@ -66,13 +74,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         precise = _accumulate(compute)
         d_weight: Tensor | None = None
         d_bias = torch.zeros(bias.shape, dtype=precise, device=weight.device) if need_bias and bias is not None else None
-        w = weight.to(compute)
+        w, products = ctx.kept.pop() if ctx.kept else (weight.to(compute), None)  # they are read once, and written over
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(compute)
             g = lse.new_zeros(len(h)) if grad is None else grad[part].to(precise)
             e = None if entropy is None or grad_entropy is None else (entropy[part], grad_entropy[part].to(precise))
-            d = _slopes(h @ w.T, lse[part], targets[part], g, e, bias, scale, softcap)
+            d = _slopes(h @ w.T if products is None else products, lse[part], targets[part], g, e, bias, scale, softcap)
             if d_bias is not None:
                 d_bias += d.sum(0)
             d = d.to(compute)
@@ -87,7 +95,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if need_weight and d_weight is None:
             d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device)
         cast = lambda t, like: None if t is None else t.to(like.dtype)
-        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None, None
+        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None, None, None
 
 
 def _slopes(
@@ -158,7 +166,7 @@ def chunked_logprobs(
     Logits are `scale * cap(hidden @ weight.T + bias)`, cap(z) = softcap * tanh(z / softcap) where a soft cap is set; products run in
     `compute`, softmax in fp32 (in float64 for float64 products). Equals `log_softmax(...).gather(...)` in value and gradient.
     """
-    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute, False)[0]
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute, False, torch.is_grad_enabled())[0]
 
 
 def chunked_logprobs_and_entropy(
@@ -172,5 +180,6 @@ def chunked_logprobs_and_entropy(
     compute: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """What `chunked_logprobs` gives, and the [M] entropy (nats) of each token's distribution, from one pass over the logits."""
-    found: tuple[Tensor, Tensor] = _ChunkedLogProbs.apply(hidden, weight, bias, targets, scale, softcap, compute, True)
+    options = scale, softcap, compute, True, torch.is_grad_enabled()
+    found: tuple[Tensor, Tensor] = _ChunkedLogProbs.apply(hidden, weight, bias, targets, *options)
     return found

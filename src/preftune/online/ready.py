@@ -27,7 +27,7 @@ from preftune.rewards.rules import is_rule
 from preftune.rounds.ready import read_prompts
 from preftune.training.check import Line, show
 from preftune.training.distributed import World
-from preftune.training.reference import MovingReference, Reference, RunningAverage, live_reference
+from preftune.training.reference import MovingReference, Reference, RunningAverage, frozen_reference, live_reference
 from preftune.training.setup import Records, Setup, compute_dtype, read, seed, tokenise
 
 
@@ -229,9 +229,7 @@ def _reference(found: Ready, learner: OnlineLearner, adapter: Adapter | None, wo
     if config.reference is None and adapter is not None:
         return live_reference(policy, adapter.off)
     source = load.locate(config.reference or config.model)
-    frozen = LanguageModel(load.load_causal_lm(source), compute=found.compute, packed=policy.backbone.packed)
-    frozen.to(world.device).eval().requires_grad_(False)
-    return live_reference(frozen)
+    return frozen_reference(source, found.compute, world.device, packed=policy.backbone.packed)
 
 
 def check(name: str, config: OnlineConfig, console: Console) -> bool:

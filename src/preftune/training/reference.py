@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from preftune.errors import UserError
+from preftune.models import load
+from preftune.models.lean import freeze
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import Batch, collate, microbatches
 from preftune.packing.chat import Tree
@@ -32,6 +34,13 @@ def live_reference(model: LanguageModel, without: Callable[[], AbstractContextMa
             return model(batch)
 
     return logp
+
+
+def frozen_reference(source: load.Source, compute: torch.dtype, device: torch.device, *, packed: bool = True) -> Reference:
+    """The model of `source` as it is, computed as training goes."""
+    model = LanguageModel(load.load_causal_lm(source), compute=compute, packed=packed).to(device)
+    freeze(model.hf, compute)
+    return live_reference(model)
 
 
 class MovingReference:

@@ -29,7 +29,16 @@ from preftune.training.config import DataConfig, RunConfig
 from preftune.training.distributed import World
 from preftune.training.learner import Learner
 from preftune.training.progress import meter
-from preftune.training.reference import MovingReference, Reference, RunningAverage, attach, cache_key, cached, live_reference
+from preftune.training.reference import (
+    MovingReference,
+    Reference,
+    RunningAverage,
+    attach,
+    cache_key,
+    cached,
+    frozen_reference,
+    live_reference,
+)
 
 REASONS = packing_reasons | KEEP_REASONS
 
@@ -300,9 +309,7 @@ def make_reference(setup: Setup) -> Reference:
     if config.reference is None and setup.adapter is not None:
         return live_reference(policy, setup.adapter.off)
     source = load.locate(config.reference or config.model)
-    frozen = LanguageModel(load.load_causal_lm(source), compute=setup.compute, packed=policy.backbone.packed)
-    frozen.to(setup.world.device).eval().requires_grad_(False)
-    return live_reference(frozen)
+    return frozen_reference(source, setup.compute, setup.world.device, packed=policy.backbone.packed)
 
 
 def cache_reference(setup: Setup, folder: Path, console: Console) -> None:
