@@ -91,7 +91,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     """The run that `preftune train` makes, step by step, with an engine that no token ends."""
     row, knobs = ONLINE[options.method], {"kl": 0.04, "missing_eos": "keep"}
     settings = {
-        "model": str(options.folder / "model"), "data": str(options.folder / "prompts.jsonl"), "output": str(options.folder / "run"),
+        "model": str(options.folder / "model"), "data": str(options.folder / "prompts.jsonl"),
+        "output": tempfile.mkdtemp(dir=options.folder),  # another side's would be gone on with
         "judge": str(options.folder / "reward") if row.critic else "benchmarks.grpo:rule", "precision": options.precision,
         "method": knobs, "alarms": None, "keep_responses": None,
         "prompts_per_step": options.prompts, "tokens_per_microbatch": options.tokens_per_microbatch, "max_length": options.max_length,

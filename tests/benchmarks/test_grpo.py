@@ -45,6 +45,13 @@ def test_both_sides_read_the_same_prompts(options):
     assert ours["prompt_tokens"] == theirs["prompt_tokens"] and sum(ours["prompt_tokens"]) > 40
 
 
+def test_each_round_draws_its_own_responses(options):
+    """A round that found the run of the one before would only read what that had drawn."""
+    first, second = grpo.ours(options), grpo.ours(options)
+    assert first["scores"] == second["scores"] and first["phases"] != second["phases"]
+    assert all(one["sampling"] != other["sampling"] for one, other in zip(first["phases"], second["phases"], strict=True))
+
+
 def test_no_response_of_trl_ends_early(options, monkeypatch):
     from trl import GRPOTrainer
 

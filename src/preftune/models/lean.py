@@ -77,9 +77,11 @@ def freeze(model: nn.Module, compute: torch.dtype) -> None:
 
 
 def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """[V_i, D] weights as products of `dtype` take them: as one where they lie so or need a cast, else themselves."""
+    """[V_i, D] weights as products of `dtype` take them: as one where they lie so or need a cast, else themselves; in fp32 themselves,
+    since a file may have left only some of two equal models' weights side by side.
+    """
     if all(w.dtype == dtype for w in weights):
-        return (_as_one(weights),) if _follow(weights) else tuple(weights)
+        return (_as_one(weights),) if dtype != torch.float32 and _follow(weights) else tuple(weights)
     sizes = [len(w) for w in weights]
     whole = weights[0].new_empty((sum(sizes), weights[0].shape[1]), dtype=dtype)
     for into, weight in zip(whole.split(sizes), weights, strict=True):
