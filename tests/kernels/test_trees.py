@@ -20,6 +20,12 @@ ROWS = {
     "no prompt": [(0, (3, 50)), (5, (2,))],
     "blocks and pairs that end anywhere": [(64, (48, 65)), (131, (97, 1, 47, 49)), (96, (96,))],
 }
+COMMON = {
+    "two trees": (8, [(9, (5, 8)), (20, (7,))]),
+    "blocks that begin behind what is shared": (50, [(64, (48, 65)), (131, (97, 1, 47, 49)), (51, (96,)), (200, ())]),
+    "longer than a block": (98, [(99, (3,)), (150, (1, 30))]),
+}
+"""Tokens that all prompts begin with, and the trees."""
 SHAPES = [(4, 2, 16), (6, 2, 64), (3, 3, 80), (8, 1, 128)]
 
 
@@ -46,8 +52,8 @@ def exact(trees, q, k, v, grad, window):
     return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
 
 
-def ours(trees, q, k, v, grad, window):
-    how = trees, window, q.shape[-1] ** -0.5
+def ours(trees, q, k, v, grad, window, common=0):
+    how = trees, common, window, q.shape[-1] ** -0.5
     out, stats = found.forward(q, k, v, *how)
     return out, *found.backward(q, k, v, grad, stats, *how)
 
@@ -66,6 +72,27 @@ def test_it_is_attention_and_its_gradients(row, heads, kv, width, window, parts,
     for mine, true in zip(ours(trees, *states, window), exact(trees, *states, window), strict=True):
         assert mine.dtype == torch.bfloat16 and mine.shape == true.shape
         assert far(mine, true) < 4e-3  # half of a step of bf16
+
+
+@pytest.mark.parametrize("parts", ["few", "many"])
+@pytest.mark.parametrize("window", [None, 7, 50, 100])
+@pytest.mark.parametrize(("heads", "kv", "width"), SHAPES)
+@pytest.mark.parametrize("row", COMMON)
+def test_what_all_prompts_begin_with_lies_once(row, heads, kv, width, window, parts, monkeypatch):
+    """As if it stood before each tree; the gradients there are the sums of all trees'."""
+    monkeypatch.setattr(found, "_PARTS", 0 if parts == "few" else 2**20)
+    common, trees = COMMON[row]
+    layout = Layout(tuple(trees), common)
+    tokens = common + sum(layout.own)
+    q, k, v, grad = (made(h, tokens, width, seed) for seed, h in enumerate((heads, kv, kv, heads)))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    plan, scaling = TreePlan(layout.apart), width**-0.5
+    parts = enumerate(zip(*(layout.spread(x, 1).split(layout.lengths, 1) for x in leaves), strict=True))
+    apart = torch.cat([_dense(*part, plan.dense_mask(i, window, part[0]), scaling, None, None) for i, part in parts], 1)
+    true = layout.gathered(apart, 1)
+    expected = true.detach(), *torch.autograd.grad(true, leaves, grad.double())
+    for mine, other in zip(ours(trees, q, k, v, grad, window, common), expected, strict=True):
+        assert mine.shape == other.shape and far(mine, other) < 4e-3
 
 
 def test_no_branch_sees_another_nor_what_lies_behind():

@@ -13,6 +13,12 @@ from tests import tiny
 
 TREES = [tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2), tiny.tree(1, (3, 3, 10), seed=3)]
 
+ALIKE = [tiny.tree(16, (5, 8), seed=1), tiny.tree(11, (7,), seed=2), tiny.tree(20, (3, 3, 10), seed=3)]
+"""The same, with prompts that begin with the same ten tokens."""
+for _tree in ALIKE:
+    _tree.prompt[:10] = ALIKE[0].prompt[:10]
+TREES_BY_NAME = {"different prompts": TREES, "prompts that begin alike": ALIKE}
+
 
 def plain_logps(model, trees):
     """[M] from one unpadded plain forward a response: transformers alone."""
@@ -37,15 +43,22 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def test_what_prompts_begin_with_is_in_the_row_once():
+    assert collate(TREES).layout.shared == 0 and collate(ALIKE).layout.shared == 10
+    assert collate(ALIKE).tokens == sum(t.tokens for t in ALIKE) - 20
+
+
+@pytest.mark.parametrize("trees", TREES_BY_NAME)
 @pytest.mark.parametrize("dense_tokens", [768, 12, 0], ids=["dense", "some of each", "branches"])
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
-def test_regression_22_packed_equals_plain_forward_and_gradient(kind, dense_tokens, monkeypatch):
+def test_regression_22_packed_equals_plain_forward_and_gradient(kind, dense_tokens, trees, monkeypatch):
+    trees = TREES_BY_NAME[trees]
     monkeypatch.setattr(attention, "DENSE_TOKENS", dense_tokens)
     packed, plain = tree_model(kind), tiny.model(kind)
     plain.set_attn_implementation("eager")
     assert packed.backbone.packed
-    weight = torch.linspace(-1, 1, sum(t.response_tokens for t in TREES))
-    ours, theirs = packed(collate(TREES)), plain_logps(plain, TREES)
+    weight = torch.linspace(-1, 1, sum(t.response_tokens for t in trees))
+    ours, theirs = packed(collate(trees)), plain_logps(plain, trees)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
@@ -58,19 +71,22 @@ def test_regression_22_packed_equals_plain_forward_and_gradient(kind, dense_toke
         )
 
 
+@pytest.mark.parametrize("trees", TREES_BY_NAME)
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
-def test_regression_23_padded_rows_equal_packed(kind):
-    model = tree_model(kind)
-    packed = model(collate(TREES))
+def test_regression_23_padded_rows_equal_packed(kind, trees):
+    model, batch = tree_model(kind), collate(TREES_BY_NAME[trees])
+    packed, states = model(batch), model.backbone(batch)
     model.backbone.use_packed(False)
-    torch.testing.assert_close(model(collate(TREES)), packed, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(batch), packed, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.backbone(batch), states, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trees", TREES_BY_NAME)
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_flex_attention_gives_the_same_numbers(window, softcap):
+def test_flex_attention_gives_the_same_numbers(window, softcap, trees):
     """The GPU path, run without its compiler."""
-    batch = collate(TREES)
+    batch = collate(TREES_BY_NAME[trees])
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, batch.tokens, 16) for heads in (4, 2, 2))
     plan = TreePlan(batch.layout)

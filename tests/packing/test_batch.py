@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.packing.batch import Totals, by_prompt, by_response, by_token, collate, microbatches
+from preftune.packing.batch import LEAST_SHARED, Totals, by_prompt, by_response, by_token, collate, common_prefix, microbatches
 from tests import tiny
 
 REDUCTIONS = (by_token, by_response, by_prompt)
@@ -226,6 +226,63 @@ def test_the_best_responses_share_a_weight_of_1() -> None:
     trees.append(dataclasses.replace(tiny.tree(2, (1,)), scores=np.array([-7.0])))
     expected = [[0, 0.5, 0.5], [0, 1, 0], [1 / 3] * 3, [1, 0, 0]]
     torch.testing.assert_close(collate(trees).best, torch.tensor(expected))
+
+
+# ---------------------------------------------------------------- what all prompts begin with
+
+ALIKE = st.tuples(st.integers(0, 20), SHAPES)
+
+
+def alike(length, shapes):
+    """Trees whose prompts begin with the same `length` tokens and differ in the next."""
+    trees = []
+    for i, (p, rs) in enumerate(shapes):
+        tree = tiny.tree(length + p, tuple(rs), seed=i)
+        tree.prompt[:length] = np.arange(length) + 20
+        tree.prompt[length] = i
+        trees.append(tree)
+    return trees
+
+
+@given(ALIKE)
+def test_what_all_prompts_begin_with_stands_once_and_the_rest_as_without_it(made) -> None:
+    length, shapes = made
+    trees = alike(length, shapes)
+    batch, shared = collate(trees), common_prefix(trees)
+    assert shared == (0 if len(trees) == 1 or length // 2 * 2 < LEAST_SHARED else length // 2 * 2)
+    assert batch.layout.shared == shared and batch.tokens == sum(t.tokens for t in trees) - shared * (len(trees) - 1)
+    tokens, at = brute(trees)
+    assert batch.layout.spread(batch.input_ids).tolist() == [
+        int((trees[g].prompt if n is None else trees[g].responses[n])[i]) for g, n, i in tokens
+    ]
+    for name in ("input_ids", "position_ids"):
+        values = getattr(batch, name)
+        assert torch.equal(batch.layout.gathered(batch.layout.spread(values)), values)
+    assert batch.layout.spread(batch.position_ids).tolist() == [i if n is None else len(trees[g].prompt) + i for g, n, i in tokens]
+    places = batch.layout.gathered(torch.arange(len(tokens)))  # where a token of the row stands in the row that shares nothing
+    assert (places[batch.predict] < len(tokens)).all()
+    ends = [at[g, n, len(r) - 1] for g, t in enumerate(trees) for n, r in enumerate(t.responses)]
+    before = [
+        at[(g, n, i - 1) if i else (g, None, len(t.prompt) - 1)]
+        for g, t in enumerate(trees)
+        for n, r in enumerate(t.responses)
+        for i in range(len(r))
+    ]
+    assert places[batch.last].tolist() == ends and places[batch.predict].tolist() == before
+
+
+def test_equal_prompts_keep_a_token_of_their_own() -> None:
+    trees = [tiny.tree(12, (2,), seed=1), tiny.tree(12, (2,), seed=1)]
+    batch = collate(trees)
+    assert batch.layout.shared == 10 and batch.input_ids[batch.predict[0]] == trees[0].prompt[-1]
+    assert batch.predict[0] != batch.predict[2]
+
+
+def test_a_micro_batch_counts_it_once() -> None:
+    trees = alike(90, [(5, [5])] * 6)
+    assert common_prefix(trees) == 90
+    assert [len(part) for part in microbatches(trees, 90 + 3 * 10)] == [3, 3]
+    assert [len(part) for rank in range(2) for part in microbatches(trees, 10_000, 2, rank)] == [3, 3]
 
 
 # ---------------------------------------------------------------- micro-batches

@@ -16,12 +16,12 @@ from numba import njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, bits, given, next_part
+from preftune.kernels.pairs import across, along, along_turned, down, up
 from preftune.kernels.tiles import (
     LANES,
     PAIRS,
     at16,
     at32,
-    at32i,
     at64,
     exp,
     fill,
@@ -44,43 +44,16 @@ _product, _further = small_product(PAIRS, True), small_product(PAIRS, False)
 
 
 @njit(inline="always")
-def _up(n, multiple):
-    return (n + multiple - 1) // multiple * multiple
-
-
-@njit(inline="always")
-def _across(source, row, tokens, width, to, column):
-    """Columns of `to` [width / 2, ..]: of each token its pairs of neighbours."""
-    for start in range(0, tokens, LANES):
-        for c in range(width // 2):
-            for j in range(start, min(start + LANES, tokens)):
-                to[c, column + j] = at32i(source + 2 * j * row)[c]
-
-
-@njit(inline="always")
-def _along(source, row, tokens, width, to, first):
-    """Rows of `to` [.., width]: pairs of tokens that follow each other, the last with nothing where there is no other."""
-    for j in range(0, tokens - 1, 2):
-        low, high = at16(source + 2 * j * row), at16(source + 2 * (j + 1) * row)
-        for c in range(width):
-            to[first + j // 2, c] = paired(low[c], high[c])
-    if tokens % 2:
-        low = at16(source + 2 * (tokens - 1) * row)
-        for c in range(width):
-            to[first + tokens // 2, c] = paired(low[c], 0)
-
-
-@njit(inline="always")
-def _turned(source, row, tokens, width, to):
-    """[width, tokens / 2] pairs of tokens that follow each other."""
-    for j in range(0, tokens - 1, 2):
-        low, high = at16(source + 2 * j * row), at16(source + 2 * (j + 1) * row)
-        for c in range(width):
-            to[c, j // 2] = paired(low[c], high[c])
-    if tokens % 2:
-        low = at16(source + 2 * (tokens - 1) * row)
-        for c in range(width):
-            to[c, tokens // 2] = paired(low[c], 0)
+def _lay(put, source, line, branches, sizes, common, width, to, together):
+    """Lay out all branches of a tree by `put`, each from an even place, `together` places in one; returns the first place behind them."""
+    first, prompt, responses, sized = branches
+    put(source, line, common, width, to, 0)
+    row, place = first + common, common
+    for branch in range(responses + 1):
+        n = prompt - common if branch == 0 else sizes[sized + branch - 1]
+        put(source + 2 * row * line, line, n, width, to, place // together)
+        row, place = row + n, place + up(n, 2)
+    return place
 
 
 @njit(inline="always")
@@ -115,14 +88,8 @@ def _gather(weights, lines, seen, own, to, rows, width, many, behind, more):
 @njit(inline="always")
 def _scatter(turned, weights, seen, own, to, pairs, width, many, behind, more):
     """Add turned [width, pairs] @ weights [pairs, ..] to those columns of [width, ..] that stand for what is seen and for the own."""
-    left, left_row, at, row, into, room = (
-        turned.ctypes.data,
-        turned.shape[1],
-        weights.ctypes.data,
-        weights.shape[1],
-        to.ctypes.data,
-        to.shape[1],
-    )
+    left, left_row, at, row = turned.ctypes.data, turned.shape[1], weights.ctypes.data, weights.shape[1]
+    into, room = to.ctypes.data, to.shape[1]
     _further(left, left_row, at, row, into + 4 * seen, room, width, pairs, many)
     _further(left, left_row, at + 4 * behind, row, into + 4 * own, room, width, pairs, more)
 
@@ -142,12 +109,18 @@ def _hide(at, branch, prompt, r, window, seen, many, own, behind, whole):
 
 
 @njit(inline="always")
+def _begin(branch, first, common):
+    """The first query of a branch that is its tree's own: of what all prompts begin with, those of the tree at the row's start."""
+    return common if branch == 0 and first > 0 else 0
+
+
+@njit(inline="always")
 def _forward(address):
     ask = given(address)
     q, k, v, out, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
     count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
     q_row, q_head, k_row, k_head, v_row, v_head, shares = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20]
-    scaling = real(ask[21])
+    scaling, common = real(ask[21]), ask[22]
     room, wide = longest + _WIDE, longest + 2 * _WIDE
     keys, values = np.empty((d // 2, room), np.int32), np.empty((room // 2, d), np.int32)
     scores, weights = np.empty((_BLOCK, wide), np.float32), np.empty((_BLOCK, wide), np.int16)
@@ -158,23 +131,21 @@ def _forward(address):
             break
         tree, head, share = 4 * (taken // (kv * shares)), taken // shares % kv, taken % shares
         first, prompt, responses, sized = trees[tree], trees[tree + 1], trees[tree + 2], trees[tree + 3]
+        branches = first, prompt, responses, sized
+        _lay(across, k + 2 * head * k_head, k_row, branches, sizes, common, d, keys, 1)
+        _lay(along, v + 2 * head * v_head, v_row, branches, sizes, common, d, values, 2)
         row, place = first, 0
         for branch in range(responses + 1):
             n = prompt if branch == 0 else sizes[sized + branch - 1]
-            _across(k + 2 * (row * k_row + head * k_head), k_row, n, d, keys, place)
-            _along(v + 2 * (row * v_row + head * v_head), v_row, n, d, values, place // 2)
-            row, place = row + n, place + _up(n, 2)
-        row, place = first, 0
-        for branch in range(responses + 1):
-            n = prompt if branch == 0 else sizes[sized + branch - 1]
+            begin = _begin(branch, first, common)
             shared = heads // kv // shares
-            blocks = (n + _BLOCK - 1) // _BLOCK
+            blocks = (n - begin + _BLOCK - 1) // _BLOCK
             for block in range(blocks * shared):
-                h, r = (head * shares + share) * shared + block // blocks, block % blocks * _BLOCK
+                h, r = (head * shares + share) * shared + block // blocks, begin + block % blocks * _BLOCK
                 rows = min(n - r, _BLOCK)
                 seen, many, own, more = _pieces(branch, prompt, r, rows, window)
-                behind = _up(many, _WIDE)
-                whole = behind + _up(more, _WIDE)
+                behind = up(many, _WIDE)
+                whole = behind + up(more, _WIDE)
                 queries = q + 2 * ((row + r) * q_row + h * q_head)
                 _scores(queries, q_row, keys, seen, place + own, scores, rows, d, many, behind, more)
                 for i in range(rows):
@@ -193,7 +164,7 @@ def _forward(address):
                     inverse, to_out = at32(stats + 8 * (h * tokens + token))[1], at16(out + 2 * (token * heads + h) * d)
                     for c in range(d):
                         to_out[c] = narrow(result[i, c] * inverse)
-            row, place = row + n, place + _up(n, 2)
+            row, place = row + n, place + up(n, 2)
 
 
 @njit(inline="always")
@@ -224,12 +195,15 @@ def _by_pairs(scores, slopes, weights, pulls, pulls_along, rows, whole):
 
 
 @njit(inline="always")
-def _down(source, column, to, first, lines, tokens, width):
-    """Columns [width, ..] as rows of floats, the first of them line `first` and `lines` from one to the next."""
-    for j in range(tokens):
-        line = at32(to + 4 * (first + j * lines) * width)
-        for c in range(width):
-            line[c] = source[c, column + j]
+def _hand_over(source, branches, sizes, common, to, part, to_common, of_common, lines, width):
+    """A part's gradients of what was laid out by `_lay`: to the lines of its tokens, and to its own lines for the common ones."""
+    first, prompt, responses, sized = branches
+    down(source, 0, to_common, of_common, lines, common, width)
+    row, place = first + common, common
+    for branch in range(responses + 1):
+        n = prompt - common if branch == 0 else sizes[sized + branch - 1]
+        down(source, place, to, row * lines + part, lines, n, width)
+        row, place = row + n, place + up(n, 2)
 
 
 @njit(inline="always")
@@ -238,7 +212,7 @@ def _backward(address):
     q, k, v, grad, stats, trees, sizes = ask[0], ask[1], ask[2], ask[3], ask[4], at64(ask[5]), at64(ask[6])
     count, tokens, heads, kv, d, longest, window = ask[7], ask[8], ask[9], ask[10], ask[11], ask[12], ask[13]
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head = ask[14], ask[15], ask[16], ask[17], ask[18], ask[19], ask[20], ask[21]
-    d_q, d_k, d_v, shares, scaling = ask[22], ask[23], ask[24], ask[25], real(ask[26])
+    d_q, d_k, d_v, shares, scaling, common, d_common = ask[22], ask[23], ask[24], ask[25], real(ask[26]), ask[27], ask[28]
     room, wide = longest + _WIDE, longest + 2 * _WIDE
     keys, values = np.empty((d // 2, room), np.int32), np.empty((d // 2, room), np.int32)
     keys_along = np.empty((room // 2, d), np.int32)
@@ -253,27 +227,24 @@ def _backward(address):
             break
         tree, head, share = 4 * (taken // (kv * shares)), taken // shares % kv, taken % shares
         first, prompt, responses, sized = trees[tree], trees[tree + 1], trees[tree + 2], trees[tree + 3]
-        row, place = first, 0
-        for branch in range(responses + 1):
-            n = prompt if branch == 0 else sizes[sized + branch - 1]
-            from_keys, from_values = k + 2 * (row * k_row + head * k_head), v + 2 * (row * v_row + head * v_head)
-            _across(from_keys, k_row, n, d, keys, place)
-            _across(from_values, v_row, n, d, values, place)
-            _along(from_keys, k_row, n, d, keys_along, place // 2)
-            row, place = row + n, place + _up(n, 2)
+        branches = first, prompt, responses, sized
+        _lay(across, k + 2 * head * k_head, k_row, branches, sizes, common, d, keys, 1)
+        _lay(across, v + 2 * head * v_head, v_row, branches, sizes, common, d, values, 1)
+        place = _lay(along, k + 2 * head * k_head, k_row, branches, sizes, common, d, keys_along, 2)
         of_keys[:, : place + _WIDE] = 0
         of_values[:, : place + _WIDE] = 0
         row, place = first, 0
         for branch in range(responses + 1):
             n = prompt if branch == 0 else sizes[sized + branch - 1]
+            begin = _begin(branch, first, common)
             shared = heads // kv // shares
-            blocks = (n + _BLOCK - 1) // _BLOCK
+            blocks = (n - begin + _BLOCK - 1) // _BLOCK
             for block in range(blocks * shared):
-                h, r = (head * shares + share) * shared + block // blocks, block % blocks * _BLOCK
+                h, r = (head * shares + share) * shared + block // blocks, begin + block % blocks * _BLOCK
                 rows = min(n - r, _BLOCK)
                 seen, many, own, more = _pieces(branch, prompt, r, rows, window)
-                behind = _up(many, _WIDE)
-                whole = behind + _up(more, _WIDE)
+                behind = up(many, _WIDE)
+                whole = behind + up(more, _WIDE)
                 queries, pull = q + 2 * ((row + r) * q_row + h * q_head), grad + 2 * ((row + r) * g_row + h * g_head)
                 _scores(queries, q_row, keys, seen, place + own, scores, rows, d, many, behind, more)
                 _scores(pull, g_row, values, seen, place + own, slopes, rows, d, many, behind, more)
@@ -285,22 +256,19 @@ def _backward(address):
                     fill(at + 4 * (behind + more), whole - behind - more, _ZERO)
                     _softmax_back(scores[i], slopes[i], at32(told + 8 * i), whole, scaling)
                 _by_pairs(scores, slopes, weights, pulls, pulls_along, rows, whole)
-                _turned(pull, g_row, rows, d, turned)
+                along_turned(pull, g_row, rows, d, turned)
                 _scatter(turned, weights, seen, place + own, of_values, (rows + 1) // 2, d, many, behind, more)
-                _turned(queries, q_row, rows, d, turned)
+                along_turned(queries, q_row, rows, d, turned)
                 _scatter(turned, pulls, seen, place + own, of_keys, (rows + 1) // 2, d, many, behind, more)
                 _gather(pulls_along, keys_along, seen, place + own, result, rows, d, many, behind, more)
                 for i in range(rows):
                     to = at16(d_q + 2 * ((row + r + i) * heads + h) * d)
                     for c in range(d):
                         to[c] = narrow(result[i, c])
-            row, place = row + n, place + _up(n, 2)
-        row, place = first, 0
-        for branch in range(responses + 1):
-            n = prompt if branch == 0 else sizes[sized + branch - 1]
-            _down(of_keys, place, d_k, (row * kv + head) * shares + share, kv * shares, n, d)
-            _down(of_values, place, d_v, (row * kv + head) * shares + share, kv * shares, n, d)
-            row, place = row + n, place + _up(n, 2)
+            row, place = row + n, place + up(n, 2)
+        part, of_common = head * shares + share, (tree // 4 * common * kv + head) * shares + share
+        _hand_over(of_keys, branches, sizes, common, d_k, part, d_common, of_common, kv * shares, d)
+        _hand_over(of_values, branches, sizes, common, d_v, part, d_common, of_common + count * common * kv * shares, kv * shares, d)
 
 
 def _forward16(address: int) -> None:
@@ -323,22 +291,23 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return on_cpu and q.shape[-1] == v.shape[-1] and q.shape[-1] % LANES == 0 and multiplies_pairs()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, trees: Trees, window: int | None, scaling: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, trees: Trees, common: int, window: int | None, scaling: float) -> tuple[Tensor, Tensor]:
     """[H, T, d] attention of queries [H, T, d] over keys and values [Hkv, T, d], its scores times `scaling` > 0.
 
-    With it what `backward` needs, fp32 [H, T, 2].
+    The first `common` tokens of all prompts, an even number, lie once at the start of the row, the rest of each tree behind them.
+    With the result what `backward` needs, fp32 [H, T, 2].
     """
     q, k, v = (_readable(x) for x in (q, k, v))
     heads, tokens, width = q.shape
     out, stats = q.new_empty((tokens, heads, width)), q.new_empty((heads, tokens, 2), dtype=torch.float32)
-    rows, sizes, numbers = _told(trees, q, k, window)
+    rows, sizes, numbers = _told(trees, common, q, k, window)
     where = [x.data_ptr() for x in (q, k, v, out, stats, rows, sizes)]
-    _FORWARD(*where, *numbers, *_strides(q, k, v), _shares(trees, q, k), bits(scaling))
+    _FORWARD(*where, *numbers, *_strides(q, k, v), _shares(trees, q, k), bits(scaling), common)
     return out.transpose(0, 1), stats
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, stats: Tensor, trees: Trees, window: int | None, scaling: float
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, stats: Tensor, trees: Trees, common: int, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what `forward` was given, from that of its result, `grad` [H, T, d]."""
     q, k, v, grad = (_readable(x) for x in (q, k, v, grad))
@@ -346,9 +315,12 @@ def backward(
     shares = _shares(trees, q, k)
     d_q = q.new_empty((tokens, heads, width))
     d_k, d_v = (k.new_empty((tokens, len(k), shares, width), dtype=torch.float32) for _ in range(2))
-    rows, sizes, numbers = _told(trees, q, k, window)
+    d_common = k.new_empty((2, len(trees), common, len(k), shares, width), dtype=torch.float32)
+    rows, sizes, numbers = _told(trees, common, q, k, window)
     where = [x.data_ptr() for x in (q, k, v, grad, stats, rows, sizes)]
-    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *(x.data_ptr() for x in (d_q, d_k, d_v)), shares, bits(scaling))
+    into = [x.data_ptr() for x in (d_q, d_k, d_v)]
+    _BACKWARD(*where, *numbers, *_strides(q, k, v, grad), *into, shares, bits(scaling), common, d_common.data_ptr())
+    d_k[:common], d_v[:common] = d_common.sum(1)
     d_k, d_v = (x.sum(2) if shares > 1 else x.squeeze(2) for x in (d_k, d_v))
     return d_q.transpose(0, 1), d_k.to(k.dtype).transpose(0, 1), d_v.to(v.dtype).transpose(0, 1)
 
@@ -367,15 +339,18 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [n for x in tensors for n in (x.stride(1), x.stride(0))]
 
 
-def _told(trees: Trees, q: Tensor, k: Tensor, window: int | None) -> tuple[Tensor, Tensor, list[int]]:
-    """Trees, the longest first, and sizes of their responses, each int64; and the numbers that a kernel is told."""
+def _told(trees: Trees, common: int, q: Tensor, k: Tensor, window: int | None) -> tuple[Tensor, Tensor, list[int]]:
+    """Trees, the longest first, and sizes of their responses, each int64; and the numbers that a kernel is told.
+
+    A tree begins where the first token of its prompt would lie if it followed the others' in the row.
+    """
     rows: list[tuple[int, ...]] = []
     sizes: list[int] = []
     start = 0
     for prompt, responses in trees:
         rows.append((start, prompt, len(responses), len(sizes)))
         sizes.extend(responses)
-        start += prompt + sum(responses)
+        start += prompt - common + sum(responses)
     places = [-(-prompt // 2) * 2 + sum(-(-n // 2) * 2 for n in responses) for prompt, responses in trees]
     order = sorted(range(len(rows)), key=lambda i: -places[i])
     told = [len(rows), q.shape[1], len(q), len(k), q.shape[2], max(places), window or 2**40]

@@ -9,6 +9,7 @@ FlexAttention call with a block mask.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,8 @@ DENSE_TOKENS = 1280
 """Trees up to this many tokens are one dense block on CPU."""
 KEPT_TOKENS = 768
 """The same where scores are capped or have sinks: there autograd keeps the block's weights."""
+_SHARED = -1
+"""In the place of a tree's number, for the tokens that all trees begin with."""
 _IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "past_key_values", "deterministic"}
 _REFUSED = ("position_bias", "head_mask", "cache", "alibi")
 
@@ -35,6 +38,11 @@ class TreePlan:
         self.layout = layout
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._blocks: dict[Any, Any] = {}
+
+    @functools.cached_property
+    def apart(self) -> TreePlan:
+        """The plan of the same trees with nothing shared."""
+        return TreePlan(self.layout.apart)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
@@ -71,7 +79,8 @@ class TreePlan:
             tree, position, branch = _row_coordinates(self.layout, device)
 
             def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                seen = (tree[q] == tree[k]) & (position[q] >= position[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
+                seen = (tree[q] == tree[k]) | (tree[k] == _SHARED)
+                seen = seen & (position[q] >= position[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
                 return seen if window is None else seen & (position[q] - position[k] < window)
 
             self._blocks[window] = create_block_mask(visible, None, None, len(tree), len(tree), device=str(device))
@@ -89,7 +98,10 @@ def _row_coordinates(layout: Layout, device: torch.device) -> tuple[Tensor, Tens
     """[T] tree, position and branch number of every token of the row."""
     parts = [_positions(p, r, torch.device("cpu")) for p, r in layout.trees]
     tree = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(layout.lengths))
-    return tree.to(device), torch.cat([p for p, _ in parts]).to(device), torch.cat([b for _, b in parts]).to(device)
+    whole = (tree, torch.cat([p for p, _ in parts]), torch.cat([b for _, b in parts]))
+    tree, position, branch = (layout.gathered(x).to(device) for x in whole)
+    tree[: layout.shared] = _SHARED
+    return tree, position, branch
 
 
 def _visible(q: Tensor, q_branch: Tensor, k: Tensor, k_branch: Tensor, window: int | None) -> Tensor:
@@ -158,7 +170,7 @@ class _ByKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernels: Any, *how: Any) -> Tensor:
-        out, stats = kernels.forward(q, k, v, *how)  # trees, window, scaling
+        out, stats = kernels.forward(q, k, v, *how)  # trees, shared, window, scaling
         ctx.save_for_backward(q, k, v, stats)
         ctx.kernels, ctx.how = kernels, how
         made: Tensor = out
@@ -167,7 +179,7 @@ class _ByKernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, stats = ctx.saved_tensors
-        return *ctx.kernels.backward(q, k, v, grad, stats, *ctx.how), None, None, None, None
+        return *ctx.kernels.backward(q, k, v, grad, stats, *ctx.how), None, None, None, None, None
 
 
 def _weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
@@ -219,13 +231,16 @@ def _by_branches(
 def _cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    lengths = plan.layout.lengths
     plain = softcap is None and sinks is None
     dense = DENSE_TOKENS if plain else min(DENSE_TOKENS, KEPT_TOKENS)
     if plain and v.dtype == torch.bfloat16 and scaling > 0:
         kernels, queries = find("trees"), q.to(v.dtype)
         if kernels is not None and kernels.takes(queries, v):
-            return _ByKernel.apply(queries, k.to(v.dtype), v, kernels, plan.layout.trees, window, scaling)
+            return _ByKernel.apply(queries, k.to(v.dtype), v, kernels, plan.layout.trees, plan.layout.shared, window, scaling)
+    if plan.layout.shared:  # each tree on its own: only attention itself is computed more than once
+        q, k, v = (plan.layout.spread(x, 1) for x in (q, k, v))
+        return plan.layout.gathered(_cpu_attention(q, k, v, plan.apart, window, scaling, softcap, sinks), 1)
+    lengths = plan.layout.lengths
     if plain and max(lengths) <= dense:
         masks = [plan.dense_mask(i, window, v) for i in range(len(lengths))]
         return _DenseTrees.apply((q * scaling).to(v.dtype), k.to(v.dtype), v, list(lengths), masks)

@@ -82,19 +82,19 @@ def padded_rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns ids, mask and positions, each [R, L], and [T] where each packed token stands in the flattened rows.
     A prompt's tokens are read from its first response's row.
     """
-    rows = batch.layout.rows()
+    rows, packed = batch.layout.rows(), batch.layout.spread(batch.input_ids)
     longest = max(p + r for _, p, _, r in rows)
-    ids = batch.input_ids.new_zeros((len(rows), longest))
+    ids = packed.new_zeros((len(rows), longest))
     mask = torch.zeros_like(ids)
-    index = torch.empty_like(batch.input_ids)
+    index = torch.empty_like(packed)
     for i, (prompt_at, prompt, at, size) in reversed(list(enumerate(rows))):
-        ids[i, :prompt] = batch.input_ids[prompt_at : prompt_at + prompt]
-        ids[i, prompt : prompt + size] = batch.input_ids[at : at + size]
+        ids[i, :prompt] = packed[prompt_at : prompt_at + prompt]
+        ids[i, prompt : prompt + size] = packed[at : at + size]
         mask[i, : prompt + size] = 1
         index[prompt_at : prompt_at + prompt] = torch.arange(prompt, device=index.device) + i * longest
         index[at : at + size] = torch.arange(prompt, prompt + size, device=index.device) + i * longest
     positions = torch.arange(longest, device=ids.device).expand_as(ids)
-    return ids, mask, positions, index
+    return ids, mask, positions, batch.layout.gathered(index)
 
 
 class LanguageModel(nn.Module):

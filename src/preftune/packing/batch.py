@@ -1,5 +1,7 @@
 """The one batch: a packed row of token trees, each prompt once and its N responses behind it, no padding anywhere.
 
+What all prompts begin with, as a system message, is in the row once too.
+
 Legend: G prompts, N responses a prompt at most, R responses in all, T packed tokens, M response tokens (those that carry loss).
 """
 
@@ -15,20 +17,52 @@ from torch import Tensor
 
 from preftune.packing.chat import Tree
 
+LEAST_SHARED = 8
+"""Tokens that prompts must have in common before they are kept once: fewer are not worth the way around them."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the trees lie in the packed row: per tree the prompt's length and the lengths of its responses."""
+    """Where the trees lie in the packed row: per tree the length of its whole prompt and the lengths of its responses.
+
+    The first `shared` tokens of all prompts are the same ones: they lie once, at the start of the row, and what is left of each tree
+    follows them.
+    """
 
     trees: tuple[tuple[int, tuple[int, ...]], ...]
+    shared: int = 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each tree."""
+        """Tokens of each tree, the shared ones among them."""
         return tuple(prompt + sum(responses) for prompt, responses in self.trees)
 
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Tokens of each tree behind the shared ones."""
+        return tuple(length - self.shared for length in self.lengths)
+
+    @property
+    def apart(self) -> Layout:
+        """The same trees with nothing shared."""
+        return Layout(self.trees)
+
+    def spread(self, x: Tensor, dim: int = 0) -> Tensor:
+        """What belongs to the row's tokens, as it belongs to those of the row in which nothing is shared."""
+        if not self.shared:
+            return x
+        shared, *own = x.split([self.shared, *self.own], dim)
+        return torch.cat([part for one in own for part in (shared, one)], dim)
+
+    def gathered(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The other way; what belongs to the shared tokens is the first tree's."""
+        if not self.shared:
+            return x
+        parts = x.split([n for own in self.own for n in (self.shared, own)], dim)
+        return torch.cat([parts[0], *parts[1::2]], dim)
+
     def rows(self) -> list[tuple[int, int, int, int]]:
-        """For each response: start and length of its prompt, start and length of itself, in the packed row."""
+        """For each response: start and length of its prompt, start and length of itself, in the row in which nothing is shared."""
         out, start = [], 0
         for prompt, responses in self.trees:
             at = start + prompt
@@ -180,7 +214,8 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     """Pack trees into one row. `totals` are those of the whole step; by default this batch is the whole step."""
     totals = totals or Totals.of(trees)
     width = max(len(t.responses) for t in trees)
-    layout = Layout(tuple((len(t.prompt), tuple(len(r) for r in t.responses)) for t in trees))
+    shared = common_prefix(trees)
+    layout = Layout(tuple((len(t.prompt), tuple(len(r) for r in t.responses)) for t in trees), shared)
     ids, positions, predict, targets, response, last, cell = [], [], [], [], [], [], []
     scores = np.full((len(trees), width), np.nan)
     preference = np.zeros((len(trees), width, width))
@@ -197,10 +232,11 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
         p, n = len(tree.prompt), len(tree.responses)
         if p == 0:
             raise ValueError(f"record {tree.id} has an empty prompt: its first response token has nothing to be predicted from")
-        ids.append(tree.prompt)
-        positions.append(np.arange(p))
-        prompt_end = at + p - 1
-        at += p
+        own = shared if g else 0
+        ids.append(tree.prompt[own:])
+        positions.append(np.arange(own, p))
+        at += p - own
+        prompt_end = at - 1
         for i, tokens in enumerate(tree.responses):
             size = len(tokens)
             ids.append(tokens)
@@ -251,20 +287,40 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     )
 
 
+def common_prefix(trees: Sequence[Tree]) -> int:
+    """How many tokens, from the first on, lie once in a row of these trees: an even number, less than any prompt's, 0 if not worth it.
+
+    Even, so that kernels which read tokens by pairs find no pair of which only half is shared.
+    """
+    first, *rest = [t.prompt for t in trees]
+    if not rest:
+        return 0
+    length = min(len(first), *map(len, rest)) - 1
+    for prompt in rest:
+        if length < LEAST_SHARED:
+            return 0
+        differs = np.flatnonzero(first[:length] != prompt[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length // 2 * 2 if length >= LEAST_SHARED else 0
+
+
 def microbatches(trees: Sequence[Tree], tokens_per_microbatch: int, processes: int = 1, rank: int = 0) -> list[list[int]]:
     """Indices of `trees` for each micro-batch of this process: filled by tokens, longest first.
 
     First-fit decreasing, so that a step that cannot fit in memory fails on its first micro-batch. A tree longer than the budget goes alone.
+    What all of them begin with counts once in each micro-batch.
     With several processes the same bins are made everywhere and dealt out by load; a process may get none.
     """
+    shared = common_prefix(trees) if trees else 0
     order = sorted(range(len(trees)), key=lambda i: (-trees[i].tokens, i))
     bins: list[list[int]] = []
     loads: list[int] = []
     budget = tokens_per_microbatch
     if processes > 1:
-        budget = min(budget, max(-(-sum(t.tokens for t in trees) // processes), max((t.tokens for t in trees), default=1)))
+        whole = sum(t.tokens - shared for t in trees)
+        budget = min(budget, max(-(-whole // processes) + shared, max((t.tokens for t in trees), default=1)))
     for index in order:
-        size = trees[index].tokens
+        size = trees[index].tokens - shared
         for b, load in enumerate(loads):
             if load + size <= budget:
                 bins[b].append(index)
@@ -272,7 +328,7 @@ def microbatches(trees: Sequence[Tree], tokens_per_microbatch: int, processes: i
                 break
         else:
             bins.append([index])
-            loads.append(size)
+            loads.append(shared + size)
     if processes == 1:
         return bins
     shares = [0] * processes
