@@ -13,8 +13,8 @@ from tests import tiny
 
 TREES = [tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2), tiny.tree(1, (3, 3, 10), seed=3)]
 
-ALIKE = [tiny.tree(16, (5, 8), seed=1), tiny.tree(11, (7,), seed=2), tiny.tree(20, (3, 3, 10), seed=3)]
-"""The same, with prompts that begin with the same ten tokens."""
+ALIKE = [tiny.tree(16, (5, 8), seed=1), tiny.tree(11, (7,), seed=2), tiny.tree(20, (3, 1, 10), seed=3)]
+"""The same with prompts that begin with the same ten tokens, and a response of one token."""
 for _tree in ALIKE:
     _tree.prompt[:10] = ALIKE[0].prompt[:10]
 TREES_BY_NAME = {"different prompts": TREES, "prompts that begin alike": ALIKE}

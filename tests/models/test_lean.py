@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from preftune.models import lean, load
-from preftune.models.attention import _additive, _dense, _DenseTrees
-from preftune.models.lean import LeanLinear, _Feed, _Gated, _LeanGated, _LeanNorm, _Products, _RootMeanSquare, freeze, make_lean
+from preftune.models.attention import NAME, _additive, _dense, _DenseTrees
+from preftune.models.lean import LeanLinear, _Feed, _Gated, _LeanGated, _Products, freeze, make_lean
 from preftune.models.lora import Adapter
+from preftune.models.norms import LeanNorm, RootMeanSquare
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import collate
 from preftune.rollout.weights import prepared
@@ -30,7 +31,7 @@ def draw(*shape):
 
 def test_gradients_are_those_of_finite_differences():
     x = draw(2, 3, 6)
-    assert torch.autograd.gradcheck(lambda *a: _RootMeanSquare.apply(*a, 1e-5), (x, draw(6)))
+    assert torch.autograd.gradcheck(lambda *a: RootMeanSquare.apply(*a, 1e-5), (x, draw(6)))
     wide = (draw(8, 6), draw(4, 6), draw(4, 6), draw(8), None, draw(4))
     assert torch.autograd.gradcheck(lambda x, *p: _Products.apply(x, torch.float64, 3, *p), (x, *wide))
     assert torch.autograd.gradcheck(lambda *a: _Feed.apply(a[0], torch.float64, nn.SiLU(), *a[1:]), (x, draw(5, 6), draw(5, 6), draw(6, 5)))
@@ -48,7 +49,7 @@ def test_attention_of_whole_trees_equals_plain_products_and_finite_differences()
 
 
 def lean_parts(model):
-    kinds = (_LeanNorm, _LeanGated, LeanLinear)
+    kinds = (LeanNorm, _LeanGated, LeanLinear)
     return {kind: sum(isinstance(m, kind) for m in model.modules()) for kind in kinds}
 
 
@@ -57,11 +58,11 @@ def test_what_is_made_lean():
     layers = llama.config.num_hidden_layers
     before = {name: id(p) for name, p in llama.named_parameters()}
     make_lean(llama)
-    assert lean_parts(llama) == {_LeanNorm: 2 * layers + 1, _LeanGated: layers, LeanLinear: 7 * layers}
+    assert lean_parts(llama) == {LeanNorm: 2 * layers + 1, _LeanGated: layers, LeanLinear: 7 * layers}
     assert type(llama.lm_head) is nn.Linear
     assert {name: id(p) for name, p in llama.named_parameters()} == before
     make_lean(llama)
-    assert lean_parts(llama) == {_LeanNorm: 2 * layers + 1, _LeanGated: layers, LeanLinear: 7 * layers}
+    assert lean_parts(llama) == {LeanNorm: 2 * layers + 1, _LeanGated: layers, LeanLinear: 7 * layers}
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
@@ -69,7 +70,7 @@ def test_a_norm_of_another_form_is_left_alone(kind):
     """Gemma multiplies by 1 + weight."""
     model = tiny.model(kind)
     make_lean(model)
-    assert lean_parts(model)[_LeanNorm] == 0
+    assert lean_parts(model)[LeanNorm] == 0
 
 
 def test_a_block_of_another_form_is_left_alone():
@@ -230,3 +231,46 @@ def test_with_an_adapter_and_prepared_for_sampling(monkeypatch):
     with torch.no_grad(), prepared(model.hf, torch.bfloat16):
         model(batch)
     assert not used
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_what_nobody_reads_is_not_fed_forward_in_the_last_layer(kind, monkeypatch):
+    """States and gradients are those of all tokens, where they are read."""
+    batch = collate([tiny.tree(9, (5, 8), seed=1), tiny.tree(4, (7,), seed=2)])
+    model = tiny.model(kind)
+    model.set_attn_implementation(NAME)
+    backbone, read = LanguageModel(model).backbone, batch.predict
+    fed = []
+    once = _LeanGated.fed
+    monkeypatch.setattr(_LeanGated, "fed", lambda self, x: fed.append(x.flatten(0, -2).shape[0]) or once(self, x))
+
+    def seen(*told):
+        fed.clear()
+        model.zero_grad()
+        states = backbone(batch, *told).index_select(0, read)
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        return states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, list(fed)
+
+    (states, slopes, all_of_them), (ours, mine, counted) = seen(), seen(read)
+    assert all_of_them == [batch.tokens] * 2 and counted == [batch.tokens, len(read.unique())]
+    torch.testing.assert_close(ours, states)
+    for name, grad in slopes.items():
+        torch.testing.assert_close(mine[name], grad, msg=name)
+    assert backbone(batch, read)[0].shape == states[0].shape and model.base_model.layers[-1].mlp.only is None
+
+
+def test_under_checkpointing_all_tokens_are_fed():
+    """The layer runs again in backward, perhaps when another batch has been read."""
+    model = tiny.model("llama")
+    model.set_attn_implementation(NAME)
+    model.gradient_checkpointing_enable()
+    learner = LanguageModel(model).train()
+    one, other = collate([tiny.tree(9, (5, 8), seed=1)]), collate([tiny.tree(4, (7,), seed=2)])
+    loss = learner(one).sum() + learner(other).sum()
+    loss.backward()
+    mine = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    (learner(one).sum() + learner(other).sum()).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(mine[name], p.grad, msg=name)

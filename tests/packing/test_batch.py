@@ -228,6 +228,18 @@ def test_the_best_responses_share_a_weight_of_1() -> None:
     torch.testing.assert_close(collate(trees).best, torch.tensor(expected))
 
 
+@given(SHAPES)
+def test_what_predicts_nothing_need_not_be_read(shapes) -> None:
+    batch = collate(forest(shapes))
+    less = batch.predicting
+    assert less.tokens == batch.tokens - sum(len(rs) for _, rs in shapes) == sum(less.layout.lengths)
+    for name in ("input_ids", "position_ids"):
+        whole, left = getattr(batch, name), getattr(less, name)
+        assert torch.equal(left[less.predict], whole[batch.predict])
+    assert less.layout.trees == tuple((p, tuple(r - 1 for r in rs)) for p, rs in shapes)
+    assert torch.equal(less.targets, batch.targets) and less.predicting is less
+
+
 # ---------------------------------------------------------------- what all prompts begin with
 
 ALIKE = st.tuples(st.integers(0, 20), SHAPES)

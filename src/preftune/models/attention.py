@@ -222,6 +222,8 @@ def _by_branches(
     qs, ks, vs = q.split(sizes, dim=1), k.split(sizes, dim=1), v.split(sizes, dim=1)
     out = [_branch(qs[0], ks[0], vs[0], plan.branch_mask(prompt, 0, window, q), scaling, softcap, sinks)]
     for n, size in enumerate(responses, start=1):
+        if not size:
+            continue
         mask = plan.branch_mask(prompt, size, window, q)
         keys, values = torch.cat([ks[0], ks[n]], dim=1), torch.cat([vs[0], vs[n]], dim=1)
         out.append(_branch(qs[n], keys, values, mask, scaling, softcap, sinks))

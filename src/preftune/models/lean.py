@@ -7,6 +7,7 @@ its input, linear layers of the same states share one product and one cast, and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from preftune.kernels import find
+from preftune.models.norms import LeanNorm, agree, flat
 from preftune.models.rotary import turned_by_kernels
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -43,7 +45,7 @@ def make_lean(model: nn.Module) -> None:
     """Make the parts of `model` lean that can be, in place; what has another form is left as it is."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for block in list(model.modules()):
-        if isinstance(block, _LeanNorm | _LeanGated):
+        if isinstance(block, LeanNorm | _LeanGated):
             continue
         layers = {name: m for name, m in plain_linears(block).items() if m is not head}
         for names in sets_of_siblings(list(layers)):
@@ -51,7 +53,7 @@ def make_lean(model: nn.Module) -> None:
             for at, name in enumerate(names):
                 layers[name].__class__ = LeanLinear
                 vars(layers[name]).update(joined=joined, at=at)
-        for kind in (_LeanNorm, _LeanGated):
+        for kind in (LeanNorm, _LeanGated):
             if kind.looks_like(block) and kind.equals(block):
                 block.__class__ = type(type(block).__name__, (kind, type(block)), {})
         block.__class__ = turned_by_kernels(type(block)) or type(block)
@@ -116,10 +118,6 @@ def _times_back(grads: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return d_rows
 
 
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
 def compute_type(x: Tensor) -> torch.dtype:
     """The type of a product of `x` by the rules of autocast."""
     kind = x.device.type
@@ -131,7 +129,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, compute: torch.dtype, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        rows = _flat(x, compute)
+        rows = flat(x, compute)
         weights = [p for p in parameters[:count] if p is not None]
         out = tuple(
             (part if bias is None else part + bias.to(compute)).view(*x.shape[:-1], -1)
@@ -145,20 +143,20 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, *weights = ctx.saved_tensors
-        flat = [_flat(grad, ctx.compute) for grad in grads]
+        parts = [flat(grad, ctx.compute) for grad in grads]
         need_x, _, _, *needed = ctx.needs_input_grad
         shape, dtype = ctx.like
-        whole = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
+        whole = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         d_x = _times_back(whole, weights).to(dtype).view(shape) if need_x else None
         found: list[Tensor | None] = [None] * len(needed)
-        if all(needed[: len(flat)]):
-            pulled = (whole.T @ rows).to(ctx.types[0]).split([grad.shape[1] for grad in flat])
-            found[: len(flat)] = [part.to(kind) for part, kind in zip(pulled, ctx.types, strict=False)]
-        for i, grad in enumerate(flat):
+        if all(needed[: len(parts)]):
+            pulled = (whole.T @ rows).to(ctx.types[0]).split([grad.shape[1] for grad in parts])
+            found[: len(parts)] = [one.to(kind) for one, kind in zip(pulled, ctx.types, strict=False)]
+        for i, grad in enumerate(parts):
             if needed[i] and found[i] is None:
                 found[i] = (grad.T @ rows).to(ctx.types[i])
-            if needed[len(flat) + i]:
-                found[len(flat) + i] = grad.sum(0, dtype=ctx.types[len(flat) + i])
+            if needed[len(parts) + i]:
+                found[len(parts) + i] = grad.sum(0, dtype=ctx.types[len(parts) + i])
         return d_x, None, None, *found
 
 
@@ -204,75 +202,6 @@ class LeanLinear(nn.Linear):
         return self.joined.of(self.at, x)
 
 
-class _RootMeanSquare(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (RMSNorm, arXiv 1910.07467 eq. 4); keeps x and one number a row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        kernels = _norm_kernels(x, weight)
-        ctx.kernels, ctx.eps = kernels, eps
-        if kernels is not None:
-            ctx.save_for_backward(x, weight, None)
-            out: Tensor = kernels.add_norm(x.reshape(-1, x.shape[-1]), None, weight, eps, x.dtype).view(x.shape)
-            return out
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (precise * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        need_x, need_weight, _ = ctx.needs_input_grad
-        if ctx.kernels is not None:
-            flat = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, grad))
-            d_x, d_weight = ctx.kernels.norm_back(*flat, weight, ctx.eps)
-            return d_x.view(x.shape), d_weight, None
-        rows, slope, scale, wide = _flat(x, scale.dtype), _flat(grad, scale.dtype), scale.view(-1, 1), weight.to(scale.dtype)
-        pulled = slope * rows * scale
-        d_weight = pulled.sum(0).to(weight.dtype) if need_weight else None
-        if not need_x:
-            return None, d_weight, None
-        along = torch.mv(pulled, wide).mul_(-1 / x.shape[-1]).unsqueeze(1) * scale
-        return (slope * wide).addcmul_(rows, along).mul_(scale).to(x.dtype).view(x.shape), d_weight, None
-
-
-def _norm_kernels(x: Tensor, weight: Tensor) -> Any:
-    """The kernels, where they can do this norm forward and backward."""
-    whole = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()
-    kernels = find("pointwise") if whole else None
-    return kernels if kernels is not None and kernels.takes(x) else None
-
-
-class _LeanNorm(nn.Module):
-    """RMSNorm by `_RootMeanSquare`."""
-
-    @staticmethod
-    def looks_like(module: Any) -> bool:
-        weight = getattr(module, "weight", None)
-        return "RMSNorm" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 1 and _eps(module) is not None
-
-    @staticmethod
-    def equals(module: Any) -> bool:
-        return _agree(module, lambda x: _RootMeanSquare.apply(x, module.weight, _eps(module)), module.weight)
-
-    @property
-    def eps_(self) -> float:
-        """What is added to the mean square, whatever the architecture calls it."""
-        found = _eps(self)
-        assert found is not None
-        return found
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., D] to [.., D]."""
-        return _RootMeanSquare.apply(x, self.weight, self.eps_)
-
-
-def _eps(module: Any) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
-
-
 class _Feed(torch.autograd.Function):
     """(act(x @ gate.T) * (x @ up.T)) @ down.T, gate and up [I, D], down [D, I]; the activation is computed again in backward."""
 
@@ -280,7 +209,7 @@ class _Feed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, compute: torch.dtype, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, down: Tensor
     ) -> Tensor:
-        rows = _flat(x, compute)
+        rows = flat(x, compute)
         g, u = _times(rows, (gate, up))
         ctx.save_for_backward(rows, g, u, gate, up, down)
         ctx.act, ctx.like = act, (x.shape, x.dtype)
@@ -289,7 +218,7 @@ class _Feed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, g, u, gate, up, down = ctx.saved_tensors
-        grad = _flat(grad, rows.dtype)
+        grad = flat(grad, rows.dtype)
         need_x, _, _, *needed = ctx.needs_input_grad
         inner, d_both = _gated_back(ctx.act, g, u, grad @ down.to(grad.dtype))
         of_both: Tensor | tuple[None, None] = (d_both.T @ rows).to(gate.dtype) if any(needed[:2]) else (None, None)
@@ -348,6 +277,8 @@ class _LeanGated(nn.Module):
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
+    only: Tensor | None = None
+    """[M] the tokens whose results will be read, of all that it is given; None where all of them may be."""
 
     @staticmethod
     def looks_like(module: Any) -> bool:
@@ -357,19 +288,22 @@ class _LeanGated(nn.Module):
 
     @staticmethod
     def equals(module: Any) -> bool:
-        return _agree(module, lambda x: _LeanGated.forward(module, x), module.gate_proj.weight[0])
+        return agree(module, lambda x: _LeanGated.fed(module, x), module.gate_proj.weight[0])
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., D] to [.., D], zeros for tokens that nobody will read."""
+        if self.only is not None:
+            whole = x.flatten(0, -2)
+            made = self.fed(whole.index_select(0, self.only))
+            return made.new_zeros(whole.shape).index_copy(0, self.only, made).view(x.shape)
+        return self.fed(x)
+
+    def fed(self, x: Tensor) -> Tensor:
         """[.., D] to [.., D]."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if any(type(layer) is not LeanLinear or type(layer.joined) is not Joined for layer in layers):  # an adapter, or prepared to sample
             return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
         return _Feed.apply(x, compute_type(x), self.act_fn, *(layer.weight for layer in layers))
-
-
-def is_lean_norm(module: nn.Module) -> bool:
-    """Whether it is an RMSNorm of the plain form; `eps_` and `weight` are its parts."""
-    return isinstance(module, _LeanNorm)
 
 
 def is_lean_gated(module: nn.Module) -> bool:
@@ -382,16 +316,20 @@ def _act(module: Any) -> bool:
     return callable(act) and not (isinstance(act, nn.Module) and any(True for _ in act.parameters()))
 
 
-@torch.no_grad()
-def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor], like: Tensor) -> bool:
-    """Whether `lean` gives what `module` does, on states that are as wide as `like` and of its type.
+@contextlib.contextmanager
+def only_read(decoder: Any, read: Tensor | None) -> Iterator[None]:
+    """For one forward pass: of the last layer's results only those of tokens `read` [M] are wanted, so only they are fed forward.
 
-    Each row as a whole: where a few large numbers meet in a sum, a small result has none of its digits from rounding alone.
+    Not under gradient checkpointing, which runs the layer again when this has ended.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(4, like.shape[-1], generator=generator)).to(like.device, like.dtype)
+    layers = getattr(decoder, "layers", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else nn.Module()
+    feeds: list[Any] = [part for part in last.children() if is_lean_gated(part)]
+    if read is None or len(feeds) != 1 or getattr(last, "gradient_checkpointing", False):
+        yield
+        return
+    feeds[0].only = read.unique()
     try:
-        ours, theirs = lean(x).double(), module(x).double()
-        return bool(((ours - theirs).norm(dim=-1) <= (1e-2 if like.dtype.itemsize < 4 else 1e-5) * theirs.norm(dim=-1)).all())
-    except (RuntimeError, TypeError, AttributeError):
-        return False
+        yield
+    finally:
+        feeds[0].only = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from preftune.errors import UserError
 from preftune.models.attention import NAME as TREE
 from preftune.models.attention import TreePlan
-from preftune.models.lean import make_lean
+from preftune.models.lean import make_lean, only_read
 from preftune.models.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
 from preftune.models.scoring import Scoring, scoring_of
 from preftune.packing.batch import Batch, collate
@@ -61,10 +61,10 @@ class Backbone(nn.Module):
             with torch.autocast(self.device.type, dtype=self.compute):
                 yield
 
-    def forward(self, batch: Batch) -> Tensor:
-        """[T, D] hidden states, after the final norm, at every packed position."""
+    def forward(self, batch: Batch, read: Tensor | None = None) -> Tensor:
+        """[T, D] hidden states, after the final norm, of the packed tokens; only of those that will be `read` [M], where that is told."""
         decoder = self.hf.base_model
-        with self.precision():
+        with self.precision(), only_read(decoder, read if self.packed else None):
             if self.packed:
                 states = decoder(
                     input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=TreePlan(batch.layout)
@@ -111,7 +111,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """[M] fp32 log-probability of each response token given all before it, at the batch's temperature."""
-        return token_logprobs(self.backbone, self.backbone(batch), batch)
+        batch = batch.predicting
+        return token_logprobs(self.backbone, self.backbone(batch, batch.predict), batch)
 
 
 def token_logprobs(backbone: Backbone, states: Tensor, batch: Batch) -> Tensor:
@@ -174,7 +175,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """[G, N] fp32 rewards, 0 where there is no response; [G, N, A] of a model with A > 1 heads."""
-        return self._rewards(self.backbone(batch), batch)
+        return self._rewards(self.backbone(batch, batch.last), batch)
 
     def score(self, batch: Batch, flagged: Tensor | None = None) -> Tensor:
         """[G, N] fp32 the one score of each response, heads combined and put on a scale as `scoring` says; 0 where there is no response.
@@ -186,7 +187,7 @@ class RewardModel(nn.Module):
 
     def with_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rewards as `forward` gives them and [M] token log-probabilities by the language head, from one pass of the backbone."""
-        states = self.backbone(batch)
+        states = self.backbone(batch, torch.cat([batch.last, batch.predict]))
         return self._rewards(states, batch), token_logprobs(self.backbone, states, batch)
 
     def _rewards(self, states: Tensor, batch: Batch) -> Tensor:

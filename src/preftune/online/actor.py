@@ -44,19 +44,21 @@ class ActorCritic(LanguageModel):
 
     def look(self, batch: Batch, learns: Learns = "all") -> Outputs:
         """[M] log-probabilities, entropies and, with a critic, values; the policy has no gradient where only the critic learns."""
+        batch = batch.predicting
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns == "all"):
-            states = self.backbone(batch)
+            states = self.backbone(batch, batch.predict)
             logp, entropy = token_logprobs_and_entropy(self.backbone, states, batch)
         return Outputs(token_logp=logp, entropy=entropy, values=self.values(batch, states))
 
     def values(self, batch: Batch, states: Tensor | None = None) -> Tensor | None:
-        """[M] values, read where the token is predicted; `states` are the policy's, where they are known already."""
+        """[M] values, read where the token is predicted; `states` are the policy's for this batch, where they are known already."""
+        batch = batch.predicting
         if self.critic is not None:
-            read = self.critic.backbone(batch).index_select(0, batch.predict)
+            read = self.critic.backbone(batch, batch.predict).index_select(0, batch.predict)
             return self.critic.scoring.scale(self.critic.head(read.float()).squeeze(-1))
         if self.value_head is None:
             return None
-        states = self.backbone(batch) if states is None else states
+        states = self.backbone(batch, batch.predict) if states is None else states
         found: Tensor = self.value_head(states.index_select(0, batch.predict).float()).squeeze(-1)
         return found
 

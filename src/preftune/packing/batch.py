@@ -7,6 +7,7 @@ Legend: G prompts, N responses a prompt at most, R responses in all, T packed to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,7 +117,7 @@ class Batch:
     response: Tensor
     """[M] index of each token's response in the flattened [G * N] grid."""
     last: Tensor
-    """[R] packed index of each response's last token."""
+    """[R] packed index of each response's last token; [0] where the row has been left without these."""
     cell: Tensor
     """[R] index of each response in the flattened [G * N] grid."""
     present: Tensor
@@ -161,12 +162,23 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the model."""
+        """Tokens in the row."""
         return len(self.input_ids)
+
+    @functools.cached_property
+    def predicting(self) -> Batch:
+        """The batch without the last token of each response, which predicts nothing: what a language model need read of it."""
+        if not len(self.last):
+            return self
+        kept = torch.ones_like(self.input_ids, dtype=torch.bool)
+        kept[self.last] = False
+        layout = replace(self.layout, trees=tuple((prompt, tuple(n - 1 for n in sizes)) for prompt, sizes in self.layout.trees))
+        ids, positions, predict = self.input_ids[kept], self.position_ids[kept], (kept.cumsum(0) - 1)[self.predict]
+        return replace(self, layout=layout, last=self.last[:0], input_ids=ids, position_ids=positions, predict=predict)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, told={name: values.to(device) for name, values in self.told.items()}, **moved)
 
     def per_response(self, values: Tensor) -> Tensor:

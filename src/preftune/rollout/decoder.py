@@ -14,7 +14,8 @@ from torch import Tensor
 
 from preftune.kernels import find
 from preftune.models.attention import Plan, TreePlan
-from preftune.models.lean import LeanLinear, compute_type, gate_kernels, is_lean_gated, is_lean_norm
+from preftune.models.lean import LeanLinear, compute_type, gate_kernels, is_lean_gated
+from preftune.models.norms import is_lean_norm
 from preftune.models.policy import TOLERANCE, Backbone
 from preftune.packing.batch import Layout
 from preftune.rollout.weights import Together
