@@ -37,10 +37,12 @@ format: $(STAMP) ## Put the code in its usual form
 docs: $(STAMP) ## Write the generated parts of README and docs
 	$(BIN)/python -m preftune.cli.docs
 
-bench: $(STAMP) ## Time and memory beside TRL and plain transformers, in the same run (an hour or more)
+bench: $(STAMP) ## Time and memory beside TRL and plain transformers, in the same run (hours)
 	$(BIN)/python -m benchmarks.dpo
+	$(BIN)/python -m benchmarks.dpo --long-prompts
 	$(BIN)/python -m benchmarks.dpo --method reward
 	$(BIN)/python -m benchmarks.kwise
+	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.grpo
 	$(BIN)/python -m benchmarks.grpo --long-prompts
 	$(BIN)/python -m benchmarks.grpo --method ppo

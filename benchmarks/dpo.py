@@ -95,10 +95,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HH)
     parser.add_argument("--long-prompts", action="store_true", help="pairs whose prompt is longer than both responses together")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2, help="steps a process; the first is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="steps a process; the first is not counted")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=1024)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
     parser.add_argument("--allocators", default="system,mimalloc")
     parser.add_argument(
         "--sides", default=";".join(name for name in SIDES if name != "preftune, checkpointing on"), help="separated by semicolons"

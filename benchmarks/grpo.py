@@ -317,9 +317,9 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of every response")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="steps a process; the first is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="steps a process; the first is not counted")
     parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES])
-    parser.add_argument("--tokens-per-microbatch", type=int, default=1024, help="ours")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=2560, help="ours")
     parser.add_argument("--max-length", type=int, default=1024, help="ours: prompt and response")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, ours")
     parser.add_argument(

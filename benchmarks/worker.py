@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import hand_over, our_learner, synchronise, timed
 from preftune.methods import find
 from preftune.models import load
+from preftune.packing.batch import collate, microbatches
 from preftune.records import Example, Message, Response
 
 PER_STEP = 8
@@ -37,7 +38,8 @@ def preftune(method_name: str, model: str, rows: list[dict[str, Any]], options: 
         checkpointing=options.gradient_checkpointing,
     )
     steps = [trees[i * PER_STEP : (i + 1) * PER_STEP] for i in range(options.steps)]
-    tokens = [sum(t.tokens for t in part) for part in steps]
+    batches = [[collate([part[i] for i in one]) for one in microbatches(part, options.tokens_per_microbatch)] for part in steps]
+    tokens = [sum((batch if method_name == "reward" else batch.predicting).tokens for batch in one) for one in batches]
     responses = [sum(t.response_tokens for t in part) for part in steps]
     return {**timed(learner, steps), "tokens": tokens, "response_tokens": responses}
 
