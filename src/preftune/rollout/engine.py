@@ -16,6 +16,7 @@ from torch import Tensor
 from preftune.errors import UserError
 from preftune.models.logprobs import finished
 from preftune.models.policy import LanguageModel, language_head
+from preftune.rollout.blocks import Blocks
 from preftune.rollout.cache import Cache, Decode, Prefill
 from preftune.rollout.decoder import Decoder
 from preftune.rollout.padded import generate as padded
@@ -134,7 +135,9 @@ class _Run:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = 2 if engine.model.backbone.compute == torch.bfloat16 else 4
         self.places = max(1, engine.cache_bytes // (2 * config.num_hidden_layers * heads * width * size))
-        self.cache = Cache(config.num_hidden_layers)
+        like = torch.empty((heads, 0, width), dtype=engine.model.backbone.compute, device=self.device)
+        self.blocks = Blocks.of(config.num_hidden_layers, like)
+        self.cache = Cache(config.num_hidden_layers, self.blocks)
         weight, self.head = language_head(engine.model.backbone)
         self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]))
         self.decoder = Decoder(engine.model.backbone)
@@ -158,7 +161,10 @@ class _Run:
 
     def _cost(self, prompt: int) -> int:
         """Places in the cache that a prompt and its responses may come to take."""
-        return len(self.prompts[prompt]) + len(self.asked[prompt]) * self.engine.room(self.prompts[prompt], self.sampling)
+        each = 1 if self.blocks is None else self.blocks.tokens
+        rounded = lambda tokens: -(-tokens // each) * each
+        room = self.engine.room(self.prompts[prompt], self.sampling)
+        return rounded(len(self.prompts[prompt])) + len(self.asked[prompt]) * rounded(room)
 
     def _admit(self) -> None:
         """Read as many waiting prompts as the cache has room for; one that needs more than all of it goes alone."""
@@ -177,9 +183,9 @@ class _Run:
         lengths = tuple(len(self.prompts[i]) for i in part)
         ids = torch.tensor([t for i in part for t in self.prompts[i]], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        states = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups)))
-        last = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
         counts = [len(self.asked[i]) for i in part]
+        states = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups), counts))
+        last = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
         slots = torch.arange(len(part), device=self.device) + len(self.groups)
         each = torch.tensor(counts, device=self.device)
         grown = lambda old, new: torch.cat([old.to(new), new]) if len(old) else new
@@ -223,6 +229,8 @@ class _Run:
         order = list(range(kept))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
+        if self.blocks is not None:
+            self.blocks.keep("rows", order)
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         self.rows = [self.rows[at] for at in order]
         self.group, self.own, self.tokens = self.group[index], self.own[index], self.tokens[index]
@@ -239,6 +247,8 @@ class _Run:
         order = list(range(len(slots)))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
+        if self.blocks is not None:
+            self.blocks.keep("prompts", order)
         self.groups = [self.groups[slot] for slot in order]
         self.group = renamed[self.group] if len(self.group) else self.group
 
