@@ -204,13 +204,15 @@ class _Run:
             self.seen = marks if self.seen is None else torch.cat([self.seen, marks])
 
     def _logits(self) -> Tensor:
-        """[B, V] logits of every row's next token."""
-        return finished(self.times(self.states.to(self.head["compute"])), **self.head)[0]
+        """[B, V] logits of every row's next token; the products themselves where nothing is to be done to them."""
+        products = self.times(self.states.to(self.head["compute"]))
+        plain = self.head["bias"] is None and self.head["softcap"] is None and self.head["scale"] == 1
+        return products if plain else finished(products, **self.head)[0]
 
     def _draw(self) -> list[Sample]:
         """The next token of every row; rows that end are taken out and returned."""
         uniform = torch.tensor([row.uniform[len(row.ids)] for row in self.rows], dtype=torch.float64, device=self.device)
-        tokens, logp, drawn = draw(self._logits().float(), uniform, self.sampling, self.seen)
+        tokens, logp, drawn = draw(self._logits(), uniform, self.sampling, self.seen)
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
         self.tokens, self.states = tokens, self.states[:0]
