@@ -78,14 +78,17 @@ class Decoder:
         if not float((ours - theirs).norm() / theirs.norm()) < TOLERANCE[backbone.compute]:
             self.layers = []
 
-    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """[T, D] states, after the final norm, of [T] ids at [T] positions."""
-        return self._by_hand(ids, positions, plan) if self.layers else self._by_modules(ids, positions, plan)
+    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan, wanted: Tensor | None = None) -> Tensor:
+        """[T, D] states, after the final norm, of [T] ids at [T] positions, or of those of them that are `wanted`."""
+        if self.layers:
+            return self._by_hand(ids, positions, plan, wanted)
+        states = self._by_modules(ids, positions, plan)
+        return states if wanted is None else states[wanted]
 
     def _by_modules(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         return self.inner(input_ids=ids[None], position_ids=positions[None], use_cache=False, tree=plan).last_hidden_state[0]
 
-    def _by_hand(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    def _by_hand(self, ids: Tensor, positions: Tensor, plan: Plan, wanted: Tensor | None = None) -> Tensor:
         states = self.inner.embed_tokens(ids)
         cos, sin = (part[0] for part in self.inner.rotary_emb(states[None], positions[None]))
         kernels = find("pointwise")
@@ -102,6 +105,8 @@ class Decoder:
             if seen is None:
                 q, k, v = _turned(kernels, layer.attention, x, cos, sin)
                 seen = plan.attend(q, k, v, **layer.options).transpose(0, 1)
+            if wanted is not None and layer is self.layers[-1]:  # nobody reads what the others would become
+                states, seen = states[wanted], seen[wanted]
             added = layer.out(seen.reshape(len(states), -1))
             added = _fed(layer, _norm(kernels, layer.between, states, added, compute))
         return _norm(None, self.inner.norm, states, added, compute)

@@ -145,7 +145,8 @@ class _Run:
         self.groups: list[int] = []  # prompt of each slot of the prompt cache
         self.group = torch.zeros(0, dtype=torch.long)  # [B] slot of each row's prompt
         self.own = torch.zeros(0, dtype=torch.long)  # [B] tokens of each row that are in the cache
-        self.states = torch.zeros(0)  # [B, D] what the next token of each row is drawn from
+        self.states = torch.zeros(0)  # [S, D] what next tokens are drawn from, one for all that begin a response to the same prompt
+        self.source = torch.zeros(0, dtype=torch.long)  # [B] which of them each row's is
         self.seen: Tensor | None = None  # [B, V] tokens that a repetition penalty bears on
 
     def samples(self, give_up: Callable[[], bool]) -> Iterator[Sample]:
@@ -184,12 +185,13 @@ class _Run:
         ids = torch.tensor([t for i in part for t in self.prompts[i]], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         counts = [len(self.asked[i]) for i in part]
-        states = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups), counts))
-        last = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        last = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups), counts), ends)
         slots = torch.arange(len(part), device=self.device) + len(self.groups)
         each = torch.tensor(counts, device=self.device)
         grown = lambda old, new: torch.cat([old.to(new), new]) if len(old) else new
-        self.states = grown(self.states, last.repeat_interleave(each, 0))
+        self.source = grown(self.source, len(self.states) + torch.arange(len(part), device=self.device).repeat_interleave(each))
+        self.states = grown(self.states, last)
         self.group = grown(self.group, slots.repeat_interleave(each))
         self.own = grown(self.own, torch.zeros(sum(counts), dtype=torch.long, device=self.device))
         self.groups += part
@@ -206,6 +208,8 @@ class _Run:
     def _logits(self) -> Tensor:
         """[B, V] logits of every row's next token; the products themselves where nothing is to be done to them."""
         products = self.times(self.states.to(self.head["compute"]))
+        if len(products) < len(self.rows):
+            products = products[self.source]
         plain = self.head["bias"] is None and self.head["softcap"] is None and self.head["scale"] == 1
         return products if plain else finished(products, **self.head)[0]
 
@@ -215,7 +219,7 @@ class _Run:
         tokens, logp, drawn = draw(self._logits(), uniform, self.sampling, self.seen)
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
-        self.tokens, self.states = tokens, self.states[:0]
+        self.tokens, self.states, self.source = tokens, self.states[:0], self.source[:0]
         staying = self.engine.advance(self.rows, tokens, logp, drawn)
         ended = [row.sample() for row in self.rows if row.finish is not None]
         if ended:
@@ -259,4 +263,5 @@ class _Run:
         prompts = torch.tensor([len(self.prompts[i]) for i in self.groups], device=self.device)
         plan = Decode(self.cache, self.group, self.own, prompts)
         self.states = self.decoder(self.tokens, plan.position, plan)
+        self.source = torch.arange(len(self.states), device=self.device)
         self.own = self.own + 1

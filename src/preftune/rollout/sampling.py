@@ -72,7 +72,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row: `logits` [B, V] in fp32 or bf16, `uniform` [B] in [0, 1) as float64, `seen` [B, V] where a repetition penalty is set.
+    """A token a row: `logits` [B, V] in fp32 or bf16, `uniform` [B] in [0, 1) as float64, `seen` [B, V] where a repetition penalty is set.
 
     Returns [B] tokens, their log-probability at temperature 1 under the model as it is, and under the distribution they were drawn from.
     """
