@@ -118,7 +118,7 @@ class _Weights:
 
         def block(which: Tensor) -> Tensor:
             at = which.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=which.device)
-            there = logits.gather(1, at.clamp(max=logits.shape[1] - 1)).float()
+            there = logits.gather(1, at.clamp(max=logits.shape[1] - 1))
             return (there - top.unsqueeze(1)).exp_().mul_(at < logits.shape[1])
 
         return cls(sums.double().cumsum(1), block)
