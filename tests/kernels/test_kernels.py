@@ -352,6 +352,14 @@ if t.multiplies_pairs():
     parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
     made, stats = t.forward(*parts, [(10, (25, 15))], None, 0.25)
     found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, [(10, (25, 15))], None, 0.25))]
+    b = find("blocks")
+    memory = torch.zeros(4, b.size(2, 16), dtype=torch.int32)
+    where = one(*(row.data_ptr() for row in memory))
+    b.store(parts[0][:2], parts[1][:2], where, one(1, 0, 50).view(1, 3))
+    told = one(0, 0, 2), one(1, 0), one(50), one(0, 0), one(1).view(1, 1), one(2, 3).view(2, 1)
+    new = [part.transpose(0, 1)[:2, :2] for part in parts]
+    angles = u[:2, :32].contiguous().view(2, 2, 16)
+    found += [b.step(*new, angles, where, told, (1, 1, 1, 2, 128), None, 0.25).float(), memory]
 print([hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found])
 """
 

@@ -42,6 +42,16 @@ def test_states_are_those_of_the_modules(kind):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+@torch.no_grad()
+def test_states_of_some_tokens_are_those_among_all(kind):
+    model, wanted = language_model(kind), torch.tensor([12, 21, 3])
+    with prepared(model.hf, torch.float32):
+        decoder, plan = Decoder(model.backbone), lambda: TreePlan(Layout(((13, ()), (9, ()))))
+        whole, some = decoder(IDS, POSITIONS, plan()), decoder(IDS, POSITIONS, plan(), wanted)
+    torch.testing.assert_close(some, whole[wanted], atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", sorted(BY_HAND))
 def test_states_in_bf16(kind):
     ours, theirs = both(language_model(kind, torch.bfloat16))

@@ -80,6 +80,17 @@ def test_the_inverse_cdf_is_that_of_the_definition() -> None:
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("sampling", KINDS, ids=str)
+def test_logits_in_bf16_are_the_numbers_they_stand_for(sampling: Sampling) -> None:
+    logits = 3 * torch.randn(300, 130, generator=torch.Generator().manual_seed(3)).bfloat16()
+    uniform = torch.from_numpy(np.random.default_rng(3).random(300))
+    seen = torch.arange(130).expand(300, -1) % 3 == 0 if sampling.repetition_penalty != 1 else None
+    found, expected = (draw(values, uniform, sampling, seen) for values in (logits, logits.float()))
+    assert torch.equal(found[0], expected[0]) and found[1].dtype == found[2].dtype == torch.float32
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
 def test_a_uniform_at_either_end_never_draws_what_cannot_be_drawn() -> None:
     logits = torch.full((2, 3 * BLOCK), -torch.inf)
     logits[:, [BLOCK + 3, BLOCK + 9]] = 0.0

@@ -6,6 +6,8 @@ and to its own tokens so far; one softmax runs over both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from preftune.kernels import find
 from preftune.models.attention import TreePlan
 from preftune.packing.batch import Layout
+from preftune.rollout.blocks import Blocks
 
 GROW = 32
 """Token places that a full store of responses gains. All places are read and the empty ones masked: on a CPU batched products of a slice
@@ -58,9 +61,10 @@ class Rows:
 
 
 class Cache:
-    """Keys and values of all layers."""
+    """Keys and values of all layers: in `blocks` where there are any and they take the layer's, else in a store of each part and layer."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, blocks: Blocks | None = None) -> None:
+        self.blocks = blocks
         self.prompt = [(Rows(LANES, across=True), Rows(LANES)) for _ in range(layers)]
         self.own = [(Rows(GROW, across=True), Rows(GROW)) for _ in range(layers)]
 
@@ -69,27 +73,49 @@ class Cache:
         if source and tokens:
             for pair in getattr(self, part):
                 for rows in pair:
-                    rows.data[target, :, :tokens] = rows.data[source, :, :tokens]
+                    if rows.data is not None:
+                        rows.data[target, :, :tokens] = rows.data[source, :, :tokens]
 
 
 class Prefill(TreePlan):
     """Prompts of new groups: their keys and values go into the cache as they are computed."""
 
-    def __init__(self, cache: Cache, lengths: tuple[int, ...], first: int) -> None:
+    def __init__(self, cache: Cache, lengths: tuple[int, ...], first: int, responses: Sequence[int] = ()) -> None:
         super().__init__(Layout(tuple((length, ()) for length in lengths)))
         self.cache, self.lengths, self.first, self.layer = cache, lengths, first, 0
+        self.jobs = None if cache.blocks is None else cache.blocks.add_prompts(lengths, responses)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """As the row's own attention, and keep the keys and values."""
-        keys, values = self.cache.prompt[self.layer]
+        layer, blocks, keys = self.layer, self.cache.blocks, k.to(v.dtype)
         self.layer += 1
-        for rows, new in ((keys, k.to(v.dtype)), (values, v)):
-            data = rows.reserve(self.first + len(self.lengths), max(self.lengths), new)
-            for g, part in enumerate(new.split(self.lengths, dim=1)):
-                data[self.first + g, :, : part.shape[1]] = part
+        if blocks is not None and blocks.holds(v, softcap, sinks):
+            blocks.kernels.store(keys, v, blocks.where(layer, len(v), v.shape[2]), self.jobs)
+        else:
+            for rows, new in zip(self.cache.prompt[layer], (keys, v), strict=True):
+                data = rows.reserve(self.first + len(self.lengths), max(self.lengths), new)
+                for g, part in enumerate(new.split(self.lengths, dim=1)):
+                    data[self.first + g, :, : part.shape[1]] = part
         return super().attend(q, k, v, window=window, scaling=scaling, softcap=softcap, sinks=sinks)
+
+
+class _Grid:
+    """Rows group by group: `order` [B] and where each group `starts`, and as cells [groups, most] of a grid."""
+
+    def __init__(self, group: Tensor, groups: int) -> None:
+        index = torch.arange(len(group), device=group.device)
+        self.order = torch.argsort(group, stable=True)
+        counts = torch.bincount(group, minlength=groups)
+        self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        place = torch.empty_like(group)
+        place[self.order] = index - self.starts[group[self.order]]
+        self.most = int(counts.max())
+        self.cell = group * self.most + place
+        self.in_order = len(self.cell) == groups * self.most and bool((self.cell == index).all())
+        self.cells = torch.zeros(groups * self.most, dtype=torch.long, device=group.device)
+        self.cells[self.cell] = index
 
 
 class Decode:
@@ -97,48 +123,79 @@ class Decode:
 
     def __init__(self, cache: Cache, group: Tensor, own: Tensor, prompts: Tensor) -> None:
         self.cache, self.layer = cache, 0
-        self.rows, self.groups, self.prompts = len(group), len(prompts), prompts
-        self.index = torch.arange(self.rows, device=group.device)
+        self.group, self.prompts = group, prompts
+        self.rows, self.groups = len(group), len(prompts)
         self.own, self.lengths = own, prompts[group]
         self.longest_own, self.longest_prompt = int(own.max()) + 1, int(prompts.max())
         self.position = self.lengths + own
-        # where each row stands among those of its group, and the grid [groups, most rows] of row numbers that follows from it
-        self.order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=self.groups)
-        self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        place = torch.empty_like(group)
-        place[self.order] = self.index - self.starts[group[self.order]]
-        self.most = int(counts.max())
-        self.cell = group * self.most + place
-        self.in_order = len(self.cell) == self.groups * self.most and bool((self.cell == self.index).all())
-        self.grid = torch.zeros(self.groups * self.most, dtype=torch.long, device=group.device)
-        self.grid[self.cell] = self.index
         self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._told: dict[int, Any] = {}
+
+    @cached_property
+    def grid(self) -> _Grid:
+        """Where each row stands among those of its group."""
+        return _Grid(self.group, self.groups)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """[H, B, d] queries over [Hkv, B, d] new keys and all cached ones."""
-        heads, rows, width = q.shape
-        kv, k = k.shape[0], k.to(v.dtype)  # under autocast rotary embeddings leave keys in fp32, and every product would cast all of them
-        prompt_keys, prompt_values = (
-            r.fit(self.groups, self.longest_prompt, new)[: self.groups]
-            for r, new in zip(self.cache.prompt[self.layer], (k, v), strict=True)
-        )
-        own_keys, own_values = (r.fit(rows, self.longest_own, new) for r, new in zip(self.cache.own[self.layer], (k, v), strict=True))
+        k = k.to(v.dtype)  # under autocast rotary embeddings leave keys in fp32, and every product would cast all of them
+        blocks = self.cache.blocks
+        if blocks is not None and blocks.holds(v, softcap, sinks):
+            by_row = [x.transpose(0, 1) for x in (q.to(v.dtype), k, v)]
+            return self.in_blocks(blocks, by_row[0], by_row[1], by_row[2], None, window=window, scaling=scaling).transpose(0, 1)
+        stores = self._stores(k, v)
         self.layer += 1
         kernels = find("decoding") if softcap is None and sinks is None else None
         if kernels is not None and kernels.takes(q, v):
+            (prompt_keys, prompt_values), (own_keys, own_values) = stores
             stored = (prompt_keys.mT, prompt_values), (own_keys.mT, own_values)
-            longest = self.longest_prompt, self.longest_own
-            where = self.order, self.starts, self.prompts, self.own
-            out: Tensor = kernels.step(q, k, v, *stored, *where, most=self.most, longest=longest, window=window, scaling=scaling)
+            longest, grid = (self.longest_prompt, self.longest_own), self.grid
+            where = grid.order, grid.starts, self.prompts, self.own
+            out: Tensor = kernels.step(q, k, v, *stored, *where, most=grid.most, longest=longest, window=window, scaling=scaling)
             return out
-        own_keys[self.index, :, self.own] = k.transpose(0, 1)
-        own_values[self.index, :, self.own] = v.transpose(0, 1)
-        own_keys, own_values = own_keys[:rows], own_values[:rows]
+        return self._plainly(q, k, v, *stores, window, scaling, softcap, sinks)
+
+    def in_blocks(
+        self, blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, *, window: int | None, scaling: float
+    ) -> Tensor:
+        """[B, H, d] queries over [B, Hkv, d] new keys and all in the blocks, queries and keys first turned by [B, 2, d] angles."""
+        shared = q.shape[1] // k.shape[1]
+        if shared not in self._told:
+            self._told[shared] = blocks.step(self.group.tolist(), self.own.tolist(), self.prompts.tolist(), shared)
+        where = blocks.where(self.layer, k.shape[1], k.shape[2])
+        self.layer += 1
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        out: Tensor = blocks.kernels.step(q, k, v, angles, where, *self._told[shared], window, scaling)
+        return out
+
+    def _stores(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Keys and values of the prompts, and those of the rows' own tokens with room for a further one."""
+        prompt, own = self.cache.prompt[self.layer], self.cache.own[self.layer]
+        keys, values = (r.fit(self.groups, self.longest_prompt, new)[: self.groups] for r, new in zip(prompt, (k, v), strict=True))
+        own_keys, own_values = (r.fit(self.rows, self.longest_own, new) for r, new in zip(own, (k, v), strict=True))
+        return (keys, values), (own_keys, own_values)
+
+    def _plainly(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prompt: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
+        window: int | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        heads, rows, width = q.shape
+        kv, index = k.shape[0], torch.arange(rows, device=q.device)
+        own[0][index, :, self.own] = k.transpose(0, 1)
+        own[1][index, :, self.own] = v.transpose(0, 1)
+        own_keys, own_values = own[0][:rows], own[1][:rows]
         query = (q * scaling).to(v.dtype).transpose(0, 1).reshape(rows, kv, heads // kv, width)
-        on_prompt = self._by_row(torch.matmul(self._by_group(query), prompt_keys.mT))
+        on_prompt = self._by_row(torch.matmul(self._by_group(query), prompt[0].mT))
         scores = torch.cat([on_prompt, torch.matmul(query, own_keys.mT)], -1)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -147,20 +204,22 @@ class Decode:
             scores = torch.cat([scores, sinks.to(scores.dtype).view(1, kv, -1, 1).expand(rows, -1, -1, 1)], -1)
         weights = torch.softmax(scores, -1)  # in fp32 inside, and rounded once
         first, second, _ = weights.split([on_prompt.shape[-1], own_keys.shape[2], int(sinks is not None)], -1)
-        out = self._by_row(torch.matmul(self._by_group(first), prompt_values)).to(q.dtype) + torch.matmul(second, own_values)
+        out = self._by_row(torch.matmul(self._by_group(first), prompt[1])).to(q.dtype) + torch.matmul(second, own_values)
         return out.reshape(rows, heads, width).transpose(0, 1)
 
     def _by_group(self, x: Tensor) -> Tensor:
         """[B, Hkv, shared, n] as [groups, Hkv, most rows * shared, n]."""
         _, kv, shared, n = x.shape
-        cells = x if self.in_order else x[self.grid]
-        return cells.reshape(self.groups, self.most, kv, shared, n).transpose(1, 2).reshape(self.groups, kv, -1, n)
+        grid = self.grid
+        cells = x if grid.in_order else x[grid.cells]
+        return cells.reshape(self.groups, grid.most, kv, shared, n).transpose(1, 2).reshape(self.groups, kv, -1, n)
 
     def _by_row(self, x: Tensor) -> Tensor:
         """What `_by_group` gave, the other way."""
         _, kv, both, n = x.shape
-        cells = x.view(self.groups, kv, self.most, both // self.most, n).transpose(1, 2).flatten(0, 1)
-        return cells if self.in_order else cells[self.cell]
+        grid = self.grid
+        cells = x.view(self.groups, kv, grid.most, both // grid.most, n).transpose(1, 2).flatten(0, 1)
+        return cells if grid.in_order else cells[grid.cell]
 
     def _mask(self, prompt: int, own: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive [B, 1, 1, prompt + own], over the stored places of prompts and of the rows' own tokens."""

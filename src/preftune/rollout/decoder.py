@@ -6,6 +6,7 @@ plain kind is not read from its name: its own forward pass must give the same st
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from preftune.models.lean import LeanLinear, compute_type, gate_kernels, is_lean
 from preftune.models.norms import is_lean_norm
 from preftune.models.policy import TOLERANCE, Backbone
 from preftune.packing.batch import Layout
+from preftune.rollout.cache import Decode
 from preftune.rollout.weights import Together
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -46,6 +48,18 @@ class _Layer:
     between: Any
     feed: Any
     options: dict[str, Any]
+    out: Callable[[Tensor], Tensor]
+    gate_and_up: Callable[[Tensor], Sequence[Tensor]]
+    down: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layer: Any, options: dict[str, Any]) -> _Layer:
+        """The parts of a module of the plain kind; products of prepared weights without the modules around them."""
+        attention, feed = layer.self_attn, layer.mlp
+        both = feed.gate_proj.joined
+        pair = both.products if isinstance(both, Together) and len(both.sizes) == 2 else lambda x: (feed.gate_proj(x), feed.up_proj(x))
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        return cls(norms[0], attention, norms[1], feed, options, _product(attention.o_proj), pair, _product(feed.down_proj))
 
 
 class Decoder:
@@ -60,34 +74,43 @@ class Decoder:
         ids = torch.arange(PROBE, device=backbone.device) * (self.inner.embed_tokens.num_embeddings // PROBE)
         listener = _Listener(PROBE)
         theirs = self._by_modules(ids, torch.arange(PROBE, device=ids.device), listener)
-        self.layers = [
-            _Layer(layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp, options)
-            for layer, options in zip(self.inner.layers, listener.asked, strict=True)
-        ]
+        self.layers = [_Layer.of(layer, options) for layer, options in zip(self.inner.layers, listener.asked, strict=True)]
         ours = self._by_hand(ids, torch.arange(PROBE, device=ids.device), TreePlan(listener.layout))
         if not float((ours - theirs).norm() / theirs.norm()) < TOLERANCE[backbone.compute]:
             self.layers = []
 
-    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """[T, D] states, after the final norm, of [T] ids at [T] positions."""
-        return self._by_hand(ids, positions, plan) if self.layers else self._by_modules(ids, positions, plan)
+    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan, wanted: Tensor | None = None) -> Tensor:
+        """[T, D] states, after the final norm, of [T] ids at [T] positions, or of those of them that are `wanted`."""
+        if self.layers:
+            return self._by_hand(ids, positions, plan, wanted)
+        states = self._by_modules(ids, positions, plan)
+        return states if wanted is None else states[wanted]
 
     def _by_modules(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         return self.inner(input_ids=ids[None], position_ids=positions[None], use_cache=False, tree=plan).last_hidden_state[0]
 
-    def _by_hand(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    def _by_hand(self, ids: Tensor, positions: Tensor, plan: Plan, wanted: Tensor | None = None) -> Tensor:
         states = self.inner.embed_tokens(ids)
-        angles = tuple(part[0] for part in self.inner.rotary_emb(states[None], positions[None]))
+        cos, sin = (part[0] for part in self.inner.rotary_emb(states[None], positions[None]))
         kernels = find("pointwise")
-        if kernels is not None and not all(map(kernels.takes, (states, *angles))):
+        if kernels is not None and not all(map(kernels.takes, (states, cos, sin))):
             kernels = None
+        compute = compute_type(states)
+        whole = states.dtype == torch.float32 and kernels is not None
+        step = plan if isinstance(plan, Decode) and whole and cos.dtype == torch.float32 else None
+        angles = torch.stack((cos, sin), 1)
         added = None
         for layer in self.layers:
-            q, k, v = _turned(kernels, layer.attention, _norm(kernels, layer.before, states, added), *angles)
-            seen = plan.attend(q, k, v, **layer.options)
-            added = layer.attention.o_proj(seen.transpose(0, 1).reshape(len(states), -1))
-            added = _fed(layer.feed, _norm(kernels, layer.between, states, added))
-        return _norm(None, self.inner.norm, states, added)
+            x = _norm(kernels, layer.before, states, added, compute)
+            seen = None if step is None else _in_blocks(step, layer, x, angles)
+            if seen is None:
+                q, k, v = _turned(kernels, layer.attention, x, cos, sin)
+                seen = plan.attend(q, k, v, **layer.options).transpose(0, 1)
+            if wanted is not None and layer is self.layers[-1]:  # nobody reads what the others would become
+                states, seen = states[wanted], seen[wanted]
+            added = layer.out(seen.reshape(len(states), -1))
+            added = _fed(layer, _norm(kernels, layer.between, states, added, compute))
+        return _norm(None, self.inner.norm, states, added, compute)
 
 
 def _looks_plain(inner: Any) -> bool:
@@ -109,9 +132,8 @@ def _plain_layer(layer: Any) -> bool:
     )
 
 
-def _norm(kernels: Any, norm: Any, states: Tensor, added: Tensor | None) -> Tensor:
-    """RMSNorm of [T, D] states, to which [T, D] are added in place first; kernels give it in the type of the next product."""
-    compute = compute_type(states)
+def _norm(kernels: Any, norm: Any, states: Tensor, added: Tensor | None, compute: torch.dtype) -> Tensor:
+    """RMSNorm of [T, D] states, to which [T, D] are added in place first; kernels give it in the type of the next product, `compute`."""
     if kernels is not None and states.dtype == norm.weight.dtype == torch.float32 and (added is None or added.dtype == compute):
         out: Tensor = kernels.add_norm(states, added, norm.weight, norm.eps_, compute)
         return out
@@ -120,11 +142,31 @@ def _norm(kernels: Any, norm: Any, states: Tensor, added: Tensor | None) -> Tens
     return (states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + norm.eps_)).mul_(norm.weight)
 
 
-def _fed(feed: Any, x: Tensor) -> Tensor:
+def _fed(layer: _Layer, x: Tensor) -> Tensor:
     """What the feed-forward block adds, [T, D] of [T, D]."""
-    gate, up = feed.gate_proj(x), feed.up_proj(x)
-    kernels = gate_kernels(feed.act_fn, gate)
-    return feed.down_proj(feed.act_fn(gate).mul_(up) if kernels is None else kernels.silu_gated(gate, up))
+    act = layer.feed.act_fn
+    gate, up = layer.gate_and_up(x)
+    kernels = gate_kernels(act, gate)
+    return layer.down(act(gate).mul_(up) if kernels is None else kernels.silu_gated(gate, up))
+
+
+def _product(layer: Any) -> Callable[[Tensor], Tensor]:
+    joined = layer.joined
+    return joined.whole if isinstance(joined, Together) and len(joined.sizes) == 1 else layer
+
+
+def _in_blocks(plan: Decode, layer: _Layer, x: Tensor, angles: Tensor) -> Tensor | None:
+    """[B, H, d] attention of a step from [B, D] states, in one kernel where that can be; None where it cannot."""
+    blocks, joined, width = plan.cache.blocks, layer.attention.q_proj.joined, layer.attention.head_dim
+    if blocks is None or not isinstance(joined, Together) or len(joined.sizes) != 3 or hasattr(layer.attention, "q_norm"):
+        return None
+    both = joined.whole(x).view(len(x), -1, width)
+    heads, kv = joined.sizes[0] // width, joined.sizes[1] // width
+    if angles.shape[2] != width or not blocks.holds(both, layer.options["softcap"], layer.options["sinks"]):
+        return None
+    q, k, v = both[:, :heads], both[:, heads : heads + kv], both[:, heads + kv :]
+    options = layer.options
+    return plan.in_blocks(blocks, q, k, v, angles, window=options["window"], scaling=options["scaling"])
 
 
 def _turned(kernels: Any, attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

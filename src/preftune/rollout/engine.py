@@ -16,6 +16,7 @@ from torch import Tensor
 from preftune.errors import UserError
 from preftune.models.logprobs import finished
 from preftune.models.policy import LanguageModel, language_head
+from preftune.rollout.blocks import Blocks
 from preftune.rollout.cache import Cache, Decode, Prefill
 from preftune.rollout.decoder import Decoder
 from preftune.rollout.padded import generate as padded
@@ -134,7 +135,9 @@ class _Run:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = 2 if engine.model.backbone.compute == torch.bfloat16 else 4
         self.places = max(1, engine.cache_bytes // (2 * config.num_hidden_layers * heads * width * size))
-        self.cache = Cache(config.num_hidden_layers)
+        like = torch.empty((heads, 0, width), dtype=engine.model.backbone.compute, device=self.device)
+        self.blocks = Blocks.of(config.num_hidden_layers, like)
+        self.cache = Cache(config.num_hidden_layers, self.blocks)
         weight, self.head = language_head(engine.model.backbone)
         self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]))
         self.decoder = Decoder(engine.model.backbone)
@@ -142,7 +145,8 @@ class _Run:
         self.groups: list[int] = []  # prompt of each slot of the prompt cache
         self.group = torch.zeros(0, dtype=torch.long)  # [B] slot of each row's prompt
         self.own = torch.zeros(0, dtype=torch.long)  # [B] tokens of each row that are in the cache
-        self.states = torch.zeros(0)  # [B, D] what the next token of each row is drawn from
+        self.states = torch.zeros(0)  # [S, D] what next tokens are drawn from, one for all that begin a response to the same prompt
+        self.source = torch.zeros(0, dtype=torch.long)  # [B] which of them each row's is
         self.seen: Tensor | None = None  # [B, V] tokens that a repetition penalty bears on
 
     def samples(self, give_up: Callable[[], bool]) -> Iterator[Sample]:
@@ -158,7 +162,10 @@ class _Run:
 
     def _cost(self, prompt: int) -> int:
         """Places in the cache that a prompt and its responses may come to take."""
-        return len(self.prompts[prompt]) + len(self.asked[prompt]) * self.engine.room(self.prompts[prompt], self.sampling)
+        each = 1 if self.blocks is None else self.blocks.tokens
+        rounded = lambda tokens: -(-tokens // each) * each
+        room = self.engine.room(self.prompts[prompt], self.sampling)
+        return rounded(len(self.prompts[prompt])) + len(self.asked[prompt]) * rounded(room)
 
     def _admit(self) -> None:
         """Read as many waiting prompts as the cache has room for; one that needs more than all of it goes alone."""
@@ -177,13 +184,14 @@ class _Run:
         lengths = tuple(len(self.prompts[i]) for i in part)
         ids = torch.tensor([t for i in part for t in self.prompts[i]], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        states = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups)))
-        last = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
         counts = [len(self.asked[i]) for i in part]
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        last = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups), counts), ends)
         slots = torch.arange(len(part), device=self.device) + len(self.groups)
         each = torch.tensor(counts, device=self.device)
         grown = lambda old, new: torch.cat([old.to(new), new]) if len(old) else new
-        self.states = grown(self.states, last.repeat_interleave(each, 0))
+        self.source = grown(self.source, len(self.states) + torch.arange(len(part), device=self.device).repeat_interleave(each))
+        self.states = grown(self.states, last)
         self.group = grown(self.group, slots.repeat_interleave(each))
         self.own = grown(self.own, torch.zeros(sum(counts), dtype=torch.long, device=self.device))
         self.groups += part
@@ -198,16 +206,20 @@ class _Run:
             self.seen = marks if self.seen is None else torch.cat([self.seen, marks])
 
     def _logits(self) -> Tensor:
-        """[B, V] logits of every row's next token."""
-        return finished(self.times(self.states.to(self.head["compute"])), **self.head)[0]
+        """[B, V] logits of every row's next token; the products themselves where nothing is to be done to them."""
+        products = self.times(self.states.to(self.head["compute"]))
+        if len(products) < len(self.rows):
+            products = products[self.source]
+        plain = self.head["bias"] is None and self.head["softcap"] is None and self.head["scale"] == 1
+        return products if plain else finished(products, **self.head)[0]
 
     def _draw(self) -> list[Sample]:
         """The next token of every row; rows that end are taken out and returned."""
         uniform = torch.tensor([row.uniform[len(row.ids)] for row in self.rows], dtype=torch.float64, device=self.device)
-        tokens, logp, drawn = draw(self._logits().float(), uniform, self.sampling, self.seen)
+        tokens, logp, drawn = draw(self._logits(), uniform, self.sampling, self.seen)
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
-        self.tokens, self.states = tokens, self.states[:0]
+        self.tokens, self.states, self.source = tokens, self.states[:0], self.source[:0]
         staying = self.engine.advance(self.rows, tokens, logp, drawn)
         ended = [row.sample() for row in self.rows if row.finish is not None]
         if ended:
@@ -223,6 +235,8 @@ class _Run:
         order = list(range(kept))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
+        if self.blocks is not None:
+            self.blocks.keep("rows", order)
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         self.rows = [self.rows[at] for at in order]
         self.group, self.own, self.tokens = self.group[index], self.own[index], self.tokens[index]
@@ -239,6 +253,8 @@ class _Run:
         order = list(range(len(slots)))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
+        if self.blocks is not None:
+            self.blocks.keep("prompts", order)
         self.groups = [self.groups[slot] for slot in order]
         self.group = renamed[self.group] if len(self.group) else self.group
 
@@ -247,4 +263,5 @@ class _Run:
         prompts = torch.tensor([len(self.prompts[i]) for i in self.groups], device=self.device)
         plan = Decode(self.cache, self.group, self.own, prompts)
         self.states = self.decoder(self.tokens, plan.position, plan)
+        self.source = torch.arange(len(self.states), device=self.device)
         self.own = self.own + 1

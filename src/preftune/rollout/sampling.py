@@ -72,12 +72,15 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row: `logits` [B, V] in fp32, `uniform` [B] in [0, 1) as float64, `seen` [B, V] where a repetition penalty is set.
+    """A token a row: `logits` [B, V] in fp32 or bf16, `uniform` [B] in [0, 1) as float64, `seen` [B, V] where a repetition penalty is set.
 
     Returns [B] tokens, their log-probability at temperature 1 under the model as it is, and under the distribution they were drawn from.
     """
+    kernels = find("pointwise")
+    if kernels is None or not kernels.takes(logits) or seen is not None or sampling.temperature != 1 or sampling.truncates:
+        logits = logits.float()  # else they are read once, and a copy would cost more than that
     shaped = logits if seen is None else penalise(logits, seen, sampling.repetition_penalty)
-    pick = lambda values, tokens: values.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    pick = lambda values, tokens: values.gather(1, tokens.unsqueeze(1)).squeeze(1).float()
     weights, log_total = _weights(logits)
     if sampling.temperature == 0:
         tokens = shaped.argmax(1)
@@ -130,7 +133,7 @@ def _weights(logits: Tensor) -> tuple[_Weights, Tensor]:
     else:
         top = logits.amax(1)
         weights = _Weights.of((logits - top.unsqueeze(1)).exp_())
-    return weights, weights.ends[:, -1].log().to(logits.dtype) + top
+    return weights, weights.ends[:, -1].log().to(top.dtype) + top
 
 
 def _inverse_cdf(weights: _Weights, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,11 +66,15 @@ class Together(Joined):
         self.dtype, self.times = dtype, product(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
         self.sizes = [len(w) for w in weights]
 
+    def whole(self, x: Tensor) -> Tensor:
+        """The products of all layers side by side."""
+        return self.times(x.to(self.dtype))
+
     def products(self, x: Tensor) -> Sequence[Tensor]:
         """[.., V_i] of each layer."""
-        return self.times(x.to(self.dtype)).split(self.sizes, -1)
+        return self.whole(x).split_with_sizes(self.sizes, -1)
 
     def apart(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """The products of all layers side by side, [.., first] and [.., the rest]."""
-        whole = self.times(x.to(self.dtype))
+        whole = self.whole(x)
         return whole[..., :first], whole[..., first:]

@@ -1,0 +1,142 @@
+"""A decoding step over keys and values in blocks, beside plain attention in float64, and who has which block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from preftune import kernels
+from preftune.rollout.blocks import Blocks
+from preftune.rollout.cache import Cache, Decode
+
+pytestmark = pytest.mark.skipif(
+    (found := kernels.find("blocks")) is None or not found.takes(torch.empty(1, 0, 16, dtype=torch.bfloat16)), reason="no AVX512-BF16"
+)
+PROMPTS, GROUP, OWN = (37, 5, 128, 65), (0, 2, 1, 0, 2, 2, 0, 3), (3, 0, 64, 1, 127, 2, 63, 70)
+"""Prompts that end within a block and at its end; rows out of order, at the first and the last place of a block."""
+
+ALL = tuple(range(len(GROUP)))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turned(x, angles):
+    """[.., B, d] heads turned by [B, 2, d] angles, rounded to bf16."""
+    low, high = x.float().chunk(2, -1)
+    return (x.float() * angles[:, 0] + torch.cat([-high, low], -1) * angles[:, 1]).bfloat16()
+
+
+class Text:
+    """Keys and values of prompts and of tokens of responses as they come, and a cache that is filled with them step by step."""
+
+    def __init__(self, heads, kv, width, *, spoil=float("nan")):
+        self.heads, self.kv, self.width = heads, kv, width
+        self.cache = Cache(1, Blocks.of(1, torch.empty(kv, 0, width, dtype=torch.bfloat16)))
+        blocks = self.cache.blocks
+        self.of_prompts = [normal(2, kv, n, width, seed=n).bfloat16() for n in PROMPTS]
+        self.of_rows = [normal(2, kv, n + 1, width, seed=100 + b).bfloat16() for b, n in enumerate(OWN)]
+        jobs = blocks.add_prompts(PROMPTS, [GROUP.count(g) for g in range(len(PROMPTS))])
+        taken = blocks._taken(40)  # so that what follows is not in order
+        blocks.free += reversed(taken)
+        blocks.where(0, kv, width)
+        for memory in blocks.memory[0]:
+            memory.view(torch.bfloat16).fill_(spoil)  # what nobody wrote may be anything
+        packed = torch.cat(self.of_prompts, 2)
+        blocks.kernels.store(packed[0], packed[1], blocks.where(0, kv, width), jobs)
+
+    def fill(self):
+        """All but the last token of each row, by steps of the kernel."""
+        for at in range(max(OWN)):
+            some = [b for b in ALL if at < OWN[b]]
+            mine = self.cache.blocks.rows
+            self.cache.blocks.rows = [mine[b] for b in some]
+            k, v = (torch.stack([self.of_rows[b][part, :, at] for b in some], 1) for part in (0, 1))
+            self.attend(self.queries()[:, some], k, v, [GROUP[b] for b in some], [at] * len(some))
+            self.cache.blocks.rows = mine
+
+    def queries(self):
+        return normal(self.heads, len(GROUP), self.width, seed=5).bfloat16()
+
+    def attend(self, q, k, v, group, own, *, window=None):
+        step = Decode(self.cache, torch.tensor(group), torch.tensor(own), torch.tensor(PROMPTS))
+        return step.attend(q, k, v, window=window, scaling=self.width**-0.5, softcap=None, sinks=None)
+
+    def last(self, rows=ALL, **options):
+        """The step of everybody's last token."""
+        k, v = (torch.stack([self.of_rows[b][part, :, OWN[b]] for b in rows], 1) for part in (0, 1))
+        return self.attend(self.queries()[:, list(rows)], k, v, [GROUP[b] for b in rows], [OWN[b] for b in rows], **options)
+
+    def expected(self, window):
+        rows = []
+        for b, group in enumerate(GROUP):
+            k, v = torch.cat([self.of_prompts[group], self.of_rows[b]], 2).double().repeat_interleave(self.heads // self.kv, 1)
+            scores = torch.einsum("hd,hkd->hk", self.queries()[:, b].double(), k) * self.width**-0.5
+            if window is not None:
+                scores[:, : max(0, scores.shape[1] - window)] = -torch.inf
+            rows.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), v))
+        return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("heads, kv, width", [(9, 3, 64), (4, 4, 32), (14, 2, 64), (8, 1, 80), (6, 2, 128), (4, 1, 16), (64, 1, 16)])
+@pytest.mark.parametrize("window", [None, 1, 20, 50, 64, 130])
+def test_a_step_is_that_of_plain_attention(heads, kv, width, window):
+    text = Text(heads, kv, width)
+    text.fill()
+    found = text.last(window=window).double()
+    expected = text.expected(window)
+    assert (found - expected).norm() < 5e-3 * expected.norm() and (found - expected).abs().max() < 2e-2
+
+
+def test_a_row_does_not_depend_on_the_others():
+    text = Text(9, 3, 64)
+    text.fill()
+    whole, some = text.last(), [1, 2, 6, 3]
+    mine = text.cache.blocks.rows
+    text.cache.blocks.rows = [mine[b] for b in some]
+    assert torch.equal(text.last(some), whole[:, some])
+
+
+def test_queries_and_keys_are_turned_by_their_angles():
+    text, other = Text(6, 2, 32), Text(6, 2, 32)
+    q = text.queries()
+    k, v = normal(2, 2, len(GROUP), 32, seed=9).bfloat16()
+    angles = normal(len(GROUP), 2, 32, seed=10)
+    step = lambda cache: Decode(cache, torch.tensor(GROUP), torch.zeros(len(GROUP), dtype=torch.long), torch.tensor(PROMPTS))
+    parts = (x.transpose(0, 1) for x in (q, k, v))
+    found = step(text.cache).in_blocks(text.cache.blocks, *parts, angles, window=None, scaling=0.2)
+    plain = step(other.cache).attend(turned(q, angles), turned(k, angles), v, window=None, scaling=0.2, softcap=None, sinks=None)
+    torch.testing.assert_close(found.transpose(0, 1), plain, atol=1e-2, rtol=1e-2)
+
+
+def test_what_has_ended_leaves_its_blocks_and_nobody_shares_one():
+    blocks = Blocks.of(1, torch.empty(1, 0, 16, dtype=torch.bfloat16))
+
+    def owned():
+        found = [block for part in (blocks.prompts, blocks.rows) for one in part for block in one]
+        assert not set(found) & set(blocks.free) and sorted([*found, *blocks.free]) == list(range(blocks.count))
+        return found
+
+    jobs = blocks.add_prompts([130, 64], [2, 1])
+    assert jobs[:, 1:].tolist() == [[0, 64], [64, 64], [128, 2], [130, 64]] and jobs[:, 0].tolist() == owned()
+    blocks.step([0, 0, 1], [63, 64, 0], [130, 64], 1)
+    assert [len(one) for one in blocks.rows] == [1, 2, 1]
+    second, last = blocks.rows[1], blocks.rows[2]
+    blocks.keep("rows", [2, 1])
+    assert blocks.rows == [last, second] and len(owned()) == 7
+    blocks.keep("rows", [0])
+    blocks.keep("prompts", [1])
+    assert len(owned()) == 2 and blocks.count == 16
+    addresses = blocks.where(0, 1, 16)
+    blocks.add_prompts([64 * 20], [0])
+    assert blocks.count > 16 and len(owned()) == 22
+    assert torch.equal(blocks.where(0, 1, 16)[:16], addresses) and len(set(blocks.where(0, 1, 16).tolist())) == blocks.count
+
+
+@pytest.mark.parametrize("shared, counts, most", [(3, [8, 1, 40], 16), (48, [3], 1), (100, [2], 1)])
+def test_parts_hold_every_row_once(shared, counts, most):
+    found = torch.tensor(kernels.find("blocks").pieces(counts, shared)).view(-1, 3)
+    rows = [(group, first + n) for group, first, count in found.tolist() for n in range(count)]
+    assert rows == [(g, sum(counts[:g]) + n) for g, count in enumerate(counts) for n in range(count)]
+    assert found[:, 2].max() <= most
