@@ -260,7 +260,7 @@ def alike(length, shapes):
 def test_what_all_prompts_begin_with_stands_once_and_the_rest_as_without_it(made) -> None:
     length, shapes = made
     trees = alike(length, shapes)
-    batch, shared = collate(trees), common_prefix(trees)
+    batch, shared = collate(trees), common_prefix([t.prompt for t in trees])
     assert shared == (0 if len(trees) == 1 or length // 2 * 2 < LEAST_SHARED else length // 2 * 2)
     assert batch.layout.shared == shared and batch.tokens == sum(t.tokens for t in trees) - shared * (len(trees) - 1)
     tokens, at = brute(trees)
@@ -292,7 +292,7 @@ def test_equal_prompts_keep_a_token_of_their_own() -> None:
 
 def test_a_micro_batch_counts_it_once() -> None:
     trees = alike(90, [(5, [5])] * 6)
-    assert common_prefix(trees) == 90
+    assert common_prefix([t.prompt for t in trees]) == 90
     assert [len(part) for part in microbatches(trees, 90 + 3 * 10)] == [3, 3]
     assert [len(part) for rank in range(2) for part in microbatches(trees, 10_000, 2, rank)] == [3, 3]
 

@@ -19,6 +19,7 @@ from preftune.models.lora import Adapter
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import collate
 from preftune.rollout.cache import Rows
+from preftune.rollout.decoder import Decoder
 from preftune.rollout.engine import Engine
 from preftune.rollout.samples import Sample, as_tree
 from preftune.rollout.sampling import Sampling
@@ -28,6 +29,9 @@ from tests import tiny
 ENDS = frozenset({2, 5, 9, 11, *range(40, 47)})
 """So many tokens end a turn that responses differ in length."""
 PROMPTS = [np.random.default_rng(i).integers(7, 320, size).tolist() for i, size in enumerate((5, 19, 3, 12, 7, 5))]
+
+ALIKE = [[*range(20, 32), *prompt] for prompt in PROMPTS]
+"""The same behind what a template might put before all of them."""
 
 
 def policy(kind: str = "llama", *, packed: bool = True, compute: torch.dtype = torch.float32, **changes: Any) -> LanguageModel:
@@ -57,13 +61,14 @@ def fresh_logp(model: LanguageModel, prompts: Sequence[Sequence[int]], samples: 
     return worst
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["different prompts", "prompts that begin alike"])
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
-def test_reported_log_probabilities_are_those_of_a_fresh_forward_pass(kind: str) -> None:
+def test_reported_log_probabilities_are_those_of_a_fresh_forward_pass(kind: str, prompts: list[list[int]]) -> None:
     """Every family: sliding windows shorter than the text, soft caps, learned positions; groups that end at different times."""
     model = policy(kind)
-    found = drawn(model, Sampling(max_new_tokens=40))
+    found = drawn(model, Sampling(max_new_tokens=40), prompts=prompts)
     assert len({len(s.ids) for s in found.values()}) > 4
-    assert fresh_logp(model, PROMPTS, found) < 1e-5
+    assert fresh_logp(model, prompts, found) < 1e-5
     assert all(np.allclose(s.logp, s.drawn_logp, atol=1e-5) for s in found.values())
 
 
@@ -87,6 +92,33 @@ def test_a_response_is_the_same_whatever_its_batch_mates(sampling: Sampling, cha
             assert (one.ids, one.finish) == (other.ids, other.finish)
             np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
             np.testing.assert_allclose(one.drawn_logp, other.drawn_logp, atol=1e-5)
+
+
+def test_what_all_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    call = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, ids, *more: read.append(len(ids)) or call(self, ids, *more))
+    together = drawn(policy(), Sampling(max_new_tokens=30), prompts=ALIKE)
+    assert read[0] == 12 + sum(map(len, PROMPTS))
+    alone = drawn(policy(), Sampling(max_new_tokens=30), prompts=ALIKE, cache_bytes=1)
+    for key, one in together.items():
+        assert (one.ids, one.finish) == (alone[key].ids, alone[key].finish)
+        np.testing.assert_allclose(one.logp, alone[key].logp, atol=1e-5)
+
+
+def test_in_bf16_too() -> None:
+    model = policy(compute=torch.bfloat16, hidden_size=64, head_dim=16)
+    found = drawn(model, Sampling(max_new_tokens=30), prompts=ALIKE)
+    assert fresh_logp(model, ALIKE, found) < 0.2
+    assert np.mean([np.abs(s.logp - t.logp).mean() for s, t in _same_texts(model, found)]) < 0.02
+
+
+def _same_texts(model: LanguageModel, found: dict[tuple[int, int], Sample]) -> list[tuple[Sample, Sample]]:
+    """Each response drawn together with all, beside itself drawn with one prompt at a time, where the texts are the same."""
+    alone = drawn(model, Sampling(max_new_tokens=30), prompts=ALIKE, cache_bytes=1)
+    pairs = [(found[key], alone[key]) for key in found if found[key].ids == alone[key].ids]
+    assert len(pairs) > len(found) // 2
+    return pairs
 
 
 def test_seeds_and_numbers_give_other_responses_and_asked_numbers_the_same_ones() -> None:

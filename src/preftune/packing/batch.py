@@ -226,7 +226,7 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     """Pack trees into one row. `totals` are those of the whole step; by default this batch is the whole step."""
     totals = totals or Totals.of(trees)
     width = max(len(t.responses) for t in trees)
-    shared = common_prefix(trees)
+    shared = common_prefix([t.prompt for t in trees])
     layout = Layout(tuple((len(t.prompt), tuple(len(r) for r in t.responses)) for t in trees), shared)
     ids, positions, predict, targets, response, last, cell = [], [], [], [], [], [], []
     scores = np.full((len(trees), width), np.nan)
@@ -299,16 +299,16 @@ def collate(trees: Sequence[Tree], totals: Totals | None = None, reduction: Redu
     )
 
 
-def common_prefix(trees: Sequence[Tree]) -> int:
-    """How many tokens, from the first on, lie once in a row of these trees: an even number, less than any prompt's, 0 if not worth it.
+def common_prefix(prompts: Sequence[np.ndarray]) -> int:
+    """How many tokens, from the first on, lie once in a row of trees with these prompts: an even number, less than any one's, 0 if not
+    worth it.
 
     Even, so that kernels which read tokens by pairs find no pair of which only half is shared.
     """
-    first, *rest = [t.prompt for t in trees]
-    if not rest:
+    if len(prompts) < 2:
         return 0
-    length = min(len(first), *map(len, rest)) - 1
-    for prompt in rest:
+    first, length = prompts[0], min(map(len, prompts)) - 1
+    for prompt in prompts[1:]:
         if length < LEAST_SHARED:
             return 0
         differs = np.flatnonzero(first[:length] != prompt[:length])
@@ -323,7 +323,7 @@ def microbatches(trees: Sequence[Tree], tokens_per_microbatch: int, processes: i
     What all of them begin with counts once in each micro-batch.
     With several processes the same bins are made everywhere and dealt out by load; a process may get none.
     """
-    shared = common_prefix(trees) if trees else 0
+    shared = common_prefix([t.prompt for t in trees])
     order = sorted(range(len(trees)), key=lambda i: (-trees[i].tokens, i))
     bins: list[list[int]] = []
     loads: list[int] = []

@@ -80,8 +80,8 @@ class Cache:
 class Prefill(TreePlan):
     """Prompts of new groups: their keys and values go into the cache as they are computed."""
 
-    def __init__(self, cache: Cache, lengths: tuple[int, ...], first: int, responses: Sequence[int] = ()) -> None:
-        super().__init__(Layout(tuple((length, ()) for length in lengths)))
+    def __init__(self, cache: Cache, lengths: tuple[int, ...], first: int, responses: Sequence[int] = (), shared: int = 0) -> None:
+        super().__init__(Layout(tuple((length, ()) for length in lengths), shared))
         self.cache, self.lengths, self.first, self.layer = cache, lengths, first, 0
         self.jobs = None if cache.blocks is None else cache.blocks.add_prompts(lengths, responses)
 
@@ -89,12 +89,13 @@ class Prefill(TreePlan):
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """As the row's own attention, and keep the keys and values."""
-        layer, blocks, keys = self.layer, self.cache.blocks, k.to(v.dtype)
+        layer, blocks = self.layer, self.cache.blocks
+        keys, values = (self.layout.spread(x, 1) for x in (k.to(v.dtype), v))
         self.layer += 1
         if blocks is not None and blocks.holds(v, softcap, sinks):
-            blocks.kernels.store(keys, v, blocks.where(layer, len(v), v.shape[2]), self.jobs)
+            blocks.kernels.store(keys, values, blocks.where(layer, len(v), v.shape[2]), self.jobs)
         else:
-            for rows, new in zip(self.cache.prompt[layer], (keys, v), strict=True):
+            for rows, new in zip(self.cache.prompt[layer], (keys, values), strict=True):
                 data = rows.reserve(self.first + len(self.lengths), max(self.lengths), new)
                 for g, part in enumerate(new.split(self.lengths, dim=1)):
                     data[self.first + g, :, : part.shape[1]] = part

@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from preftune.errors import UserError
 from preftune.models.logprobs import finished
 from preftune.models.policy import LanguageModel, language_head
+from preftune.packing.batch import common_prefix
 from preftune.rollout.blocks import Blocks
 from preftune.rollout.cache import Cache, Decode, Prefill
 from preftune.rollout.decoder import Decoder
@@ -182,11 +184,13 @@ class _Run:
 
     def _prefill(self, part: list[int]) -> None:
         lengths = tuple(len(self.prompts[i]) for i in part)
-        ids = torch.tensor([t for i in part for t in self.prompts[i]], device=self.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        shared = common_prefix([np.asarray(self.prompts[i]) for i in part])
         counts = [len(self.asked[i]) for i in part]
-        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        last = self.decoder(ids, positions, Prefill(self.cache, lengths, len(self.groups), counts), ends)
+        plan = Prefill(self.cache, lengths, len(self.groups), counts, shared)
+        whole = torch.tensor([t for i in part for t in self.prompts[i]]), torch.cat([torch.arange(length) for length in lengths])
+        ids, positions = (plan.layout.gathered(x).to(self.device) for x in whole)
+        ends = shared + torch.tensor(plan.layout.own, device=self.device).cumsum(0) - 1
+        last = self.decoder(ids, positions, plan, ends)
         slots = torch.arange(len(part), device=self.device) + len(self.groups)
         each = torch.tensor(counts, device=self.device)
         grown = lambda old, new: torch.cat([old.to(new), new]) if len(old) else new
