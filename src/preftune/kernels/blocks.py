@@ -20,6 +20,7 @@ from preftune.kernels.tiles import (
     at32i,
     at64,
     exp,
+    fetch,
     fill,
     highest,
     multiplies_pairs,
@@ -33,6 +34,8 @@ from preftune.kernels.tiles import (
 TOKENS = 64
 _TOGETHER = 48
 """Queries of one part, about: the values they are multiplied with stay in the core's cache."""
+_LINE = 64
+"""Bytes that memory is read by."""
 _LOWEST, _ONE, _ZERO = np.float32(-3e38), np.float32(1), np.float32(0)
 _product, _further = small_product(PAIRS, True), small_product(PAIRS, False)
 
@@ -69,6 +72,16 @@ def _add_token(key, v, block, at, d):
         whole = at32i(values)
         for c in range(d):
             whole[c] = paired(value[c], 0)  # else what stood there, even NaN, would count nothing times
+
+
+@njit(inline="always")
+def _fetch(block, tokens, d):
+    """Ask for the keys and values of a block's first tokens: they lie anywhere in memory, and waiting for one after the other takes long."""
+    for c in range(d // 2):
+        for at in range(4 * c * TOKENS, 4 * (c * TOKENS + tokens), _LINE):
+            fetch(block + at)
+    for at in range(2 * TOKENS * d, 2 * TOKENS * d + 4 * (tokens + 1) // 2 * d, _LINE):
+        fetch(block + at)
 
 
 @njit(inline="always")
@@ -123,6 +136,8 @@ def _step(address):
             turn = angles + 8 * row * d if angles else 0
             block = where[own_blocks[row * own_wide + own[row] // TOKENS]] + room
             _turned(k + 2 * (row * k_row + head * k_head), key.ctypes.data, turn, d)
+            for start in range(0, own[row] + 1, TOKENS):
+                _fetch(where[own_blocks[row * own_wide + start // TOKENS]] + room, min(own[row] + 1 - start, TOKENS), d)
             _add_token(key.ctypes.data, v + 2 * (row * v_row + head * v_head), block, own[row] % TOKENS, d)
             for s in range(shared):
                 _turned(q + 2 * (row * q_row + (head * shared + s) * q_head), to + 2 * (r * shared + s) * d, turn, d)

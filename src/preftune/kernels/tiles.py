@@ -184,6 +184,21 @@ def fill(typing: Any, address: Any, n: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.float32), generate
 
 
+@intrinsic
+def fetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, without waiting for it."""
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_the_second_level, data = (ir.Constant(_I32, n) for n in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer), to_read, into_the_second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 class _BrainFloat(ir.Type):
     """bf16, which llvmlite has no name for."""
 
