@@ -350,8 +350,9 @@ found = [
 ]
 if t.multiplies_pairs():
     parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
-    made, stats = t.forward(*parts, [(10, (25, 15))], None, 0.25)
-    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, [(10, (25, 15))], None, 0.25))]
+    how = [(10, (20, 15)), (12, (1,))], 8, None, 0.25
+    made, stats = t.forward(*parts, *how)
+    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, *how))]
     b = find("blocks")
     memory = torch.zeros(4, b.size(2, 16), dtype=torch.int32)
     where = one(*(row.data_ptr() for row in memory))

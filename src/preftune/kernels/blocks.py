@@ -76,7 +76,7 @@ def _add_token(key, v, block, at, d):
 
 @njit(inline="always")
 def _fetch(block, tokens, d):
-    """Ask for the keys and values of a block's first tokens: they lie anywhere in memory, and waiting for one after the other takes long."""
+    """Ask for the keys and values of a block's first tokens: they lie anywhere in memory, and waiting for each takes long."""
     for c in range(d // 2):
         for at in range(4 * c * TOKENS, 4 * (c * TOKENS + tokens), _LINE):
             fetch(block + at)
