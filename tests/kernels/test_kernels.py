@@ -384,7 +384,7 @@ for name in sys.argv[1]:
         told = cache[:2], [x.clone() for x in cache[2:]], one(0, 1), one(0, 1, 2), one(30, 17), one(3, 20)
         made = find("decoding").step(q, kv, kv, *told, most=1, longest=(30, 21), window=None, scaling=0.25)
     else:
-        made, _ = find("trees").forward(x(4), x(2), x(2), [(40, (30, 20))], None, 0.25)
+        made, _ = find("trees").forward(x(4), x(2), x(2), [(40, (30, 20))], 0, None, 0.25)
     print(hashlib.sha256(made.float().contiguous().numpy().tobytes()).hexdigest())
 """
 

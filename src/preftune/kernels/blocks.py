@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, bits, given, next_part
+from preftune.kernels.pairs import across, along
 from preftune.kernels.tiles import (
     LANES,
     PAIRS,
@@ -189,20 +190,8 @@ def _store(address):
         job, head = 3 * (taken // kv), taken % kv
         block, first, tokens = where[jobs[job]] + 4 * head * TOKENS * d, jobs[job + 1], jobs[job + 2]
         keys, values = k + 2 * (first * k_row + head * k_head), v + 2 * (first * v_row + head * v_head)
-        to, into = at32i(block), block + 2 * TOKENS * d
-        for start in range(0, tokens, LANES):
-            for c in range(d // 2):
-                for j in range(start, min(start + LANES, tokens)):
-                    to[c * TOKENS + j] = at32i(keys + 2 * j * k_row)[c]
-        for j in range(0, tokens, 2):
-            low, line = at16(values + 2 * j * v_row), at32i(into + 2 * j * d)
-            if j + 1 < tokens:
-                high = at16(values + 2 * (j + 1) * v_row)
-                for c in range(d):
-                    line[c] = paired(low[c], high[c])
-            else:
-                for c in range(d):
-                    line[c] = paired(low[c], 0)
+        across(keys, k_row, tokens, d, carray(at32i(block), (d // 2, TOKENS)), 0)
+        along(values, v_row, tokens, d, carray(at32i(block + 2 * TOKENS * d), (TOKENS // 2, d)), 0)
 
 
 def _step_blocks(address: int) -> None:
