@@ -346,3 +346,30 @@ def small_product(numbers: str, fresh: bool) -> Any:
             c += 4 * done
 
     return product
+
+
+def panel_product(vectors: int) -> Any:
+    """c [m, n] = a [m, k] @ b [k, n] of pairs, n = 16 * `vectors`, all without gaps: as `small_product`, a tile for any rest."""
+    tiles = [_tile(rows, vectors, PAIRS, True) for rows in (1, 2, 3, 4, 5, 6)]
+    one, two, three, four, five, six = tiles
+    n = LANES * vectors
+
+    @_named(f"panel_product_{vectors}")
+    def product(a, b, c, m, k):
+        while m >= 6:
+            six(a, k, b, n, c, n, k)
+            m -= 6
+            a += 24 * k
+            c += 24 * n
+        if m == 5:
+            five(a, k, b, n, c, n, k)
+        elif m == 4:
+            four(a, k, b, n, c, n, k)
+        elif m == 3:
+            three(a, k, b, n, c, n, k)
+        elif m == 2:
+            two(a, k, b, n, c, n, k)
+        elif m == 1:
+            one(a, k, b, n, c, n, k)
+
+    return product

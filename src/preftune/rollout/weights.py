@@ -11,18 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from preftune.kernels import find
 from preftune.models.lean import Joined, LeanLinear, make_lean
 
 Product = Callable[[Tensor], Tensor]
 """[.., D] states to [.., V]."""
 
 ROWS = 128
-"""Rows for which the layout is chosen; measured from 16 to 2048 rows, no other hint was faster."""
+"""Rows for which oneDNN chooses the layout; measured from 16 to 2048 rows, no other hint was faster."""
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Product:
     """x @ weight.T + bias for x of the weight's type; on a CPU in bf16 the weight is laid out once, where each product would do it anew."""
     ready = weight.detach()
+    kernels = find("products") if bias is None else None
+    if kernels is not None and kernels.takes(ready):
+        panels = kernels.lay_out(ready)
+        return lambda x: kernels.multiply(x, panels)
     if ready.device.type == "cpu" and ready.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(ready.contiguous(), ROWS)

@@ -1,0 +1,71 @@
+"""Products with weights laid out by pairs, against plain ones in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from preftune import kernels
+from preftune.rollout.weights import product
+
+found = kernels.find("products")
+pytestmark = pytest.mark.skipif(
+    found is None or not found.multiplies_pairs(), reason="no compiled kernels for bf16 on this machine (numba, AVX512-BF16)"
+)
+
+
+def drawn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [*range(1, 14), 191, 192, 193, 500])
+@pytest.mark.parametrize(("wide", "inner"), [(32, 2), (96, 18), (160, 64)])
+def test_it_is_the_product(rows, wide, inner):
+    x, weight = drawn(rows, inner, seed=0), drawn(wide, inner, seed=1)
+    exact = x.double() @ weight.double().T
+    made = product(weight)(x)
+    assert made.dtype == torch.bfloat16 and made.shape == exact.shape
+    torch.testing.assert_close(made.double(), exact, rtol=2**-8, atol=1e-5 * inner)
+
+
+def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads():
+    x, times = drawn(200, 64, seed=0), product(drawn(96, 64, seed=1))
+    whole, threads = times(x), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(times(x), whole)
+            for rows in (1, 2, 3, 4, 5, 6, 7, 13):
+                assert torch.equal(times(x[rows : 2 * rows]), whole[rows : 2 * rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_any_shape_and_layout_in_memory():
+    x, times = drawn(4, 7, 64, seed=0), product(drawn(96, 64, seed=1))
+    whole = times(x.flatten(0, 1))
+    assert torch.equal(times(x), whole.view(4, 7, 96))
+    apart = torch.empty(28, 130, dtype=x.dtype)[:, 1:129:2].copy_(x.flatten(0, 1))
+    assert not apart.is_contiguous() and torch.equal(times(apart), whole)
+    turned = drawn(64, 96, seed=1).T.contiguous().T
+    assert torch.equal(product(turned.T)(x), product(turned.T.contiguous())(x))
+
+
+def test_what_it_does_not_take():
+    weight = drawn(96, 64, seed=0)
+    assert found.takes(weight) and not found.takes(weight.float())
+    assert not found.takes(weight[:90]) and not found.takes(weight[:, :63])
+    x = drawn(5, 64, seed=1)
+    bias = drawn(96, seed=2)
+    torch.testing.assert_close(product(weight, bias)(x).double(), x.double() @ weight.double().T + bias.double(), rtol=2**-7, atol=2e-2)
+    torch.testing.assert_close(product(weight[:90])(x), product(weight)(x)[:, :90], rtol=2**-7, atol=1e-3)
+
+
+def test_nan_and_infinity_stay_in_their_row():
+    x, times = drawn(9, 64, seed=0), product(drawn(96, 64, seed=1))
+    whole = times(x)
+    x[3, 5], x[7, 6] = float("nan"), float("inf")
+    made = times(x)
+    assert made[3].isnan().all() and not made[7].isfinite().any()
+    others = [0, 1, 2, 4, 5, 6, 8]
+    assert torch.equal(made[others], whole[others])
