@@ -46,6 +46,7 @@ def gradients(model):
 def test_what_prompts_begin_with_is_in_the_row_once():
     assert collate(TREES).layout.shared == 0 and collate(ALIKE).layout.shared == 10
     assert collate(ALIKE).tokens == sum(t.tokens for t in ALIKE) - 20
+    assert collate(probe_trees(1000)).layout.shared == 10, "a model proves itself on such a row before it is read so"
 
 
 @pytest.mark.parametrize("trees", TREES_BY_NAME)

@@ -200,14 +200,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def probe_trees(vocabulary: int) -> list[Tree]:
-    """Two small trees of arbitrary tokens, on which two ways to read a batch can be compared."""
+    """Two small trees of arbitrary tokens that begin alike, on which two ways to read a batch can be compared."""
     rng = np.random.default_rng(0)
     draw = lambda n: np.asarray(rng.integers(0, vocabulary, n))
-    shapes = ((7, (4, 2, 5)), (3, (6,)))
-    return [
-        Tree("probe", "", draw(p), tuple(draw(r) for r in rs), (True,) * len(rs), np.zeros(len(rs)), np.zeros((len(rs),) * 2))
-        for p, rs in shapes
-    ]
+    shapes, alike = ((7, (4, 2, 5)), (3, (6,))), draw(10)
+    made = []
+    for p, rs in shapes:
+        prompt, responses, n = np.concatenate([alike, draw(p)]), tuple(draw(r) for r in rs), len(rs)
+        made.append(Tree("probe", "", prompt, responses, (True,) * n, np.zeros(n), np.zeros((n, n))))
+    return made
 
 
 def layout_gap(model: LanguageModel | RewardModel, trees: Sequence[Tree]) -> float:
