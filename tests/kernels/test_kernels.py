@@ -14,7 +14,6 @@ from preftune import kernels
 from preftune.models.attention import NAME, TreePlan
 from preftune.models.policy import LanguageModel
 from preftune.packing.batch import Layout, collate
-from preftune.rollout.cache import Cache, Decode
 from preftune.rollout.sampling import Sampling, draw
 from tests import tiny
 
@@ -66,47 +65,6 @@ def test_bf16_is_rounded_as_pytorch_rounds_it():
     back = torch.empty_like(x)
     scalar(tiles.widen)(found.numpy(), back.numpy())
     assert torch.equal(back[kept], halves.float()[kept])
-
-
-def attended(dtype, switch, monkeypatch, *, heads, kv, width, window, rows=None):
-    """What a step gives for rows of three groups of different sizes, out of order, and the cache it leaves."""
-    monkeypatch.setenv(kernels.SWITCH, switch)
-    prompts, group = torch.tensor([37, 5, 100]), torch.tensor([0, 2, 1, 0, 2, 2, 0])
-    place = torch.tensor([3, 0, 40, 1, 17, 2, 33])
-    cache = Cache(1)
-    for pair, count, tokens in ((cache.prompt[0], 3, 100), (cache.own[0], 7, 41)):
-        for seed, store in enumerate(pair):
-            store.reserve(count, tokens, torch.empty(kv, 1, width, dtype=dtype))
-            store.data.copy_(normal(*store.data.shape, seed=seed))
-    q, k, v = normal(heads, 7, width, seed=5), normal(kv, 7, width, seed=6), normal(kv, 7, width, seed=7, dtype=dtype)
-    keep = slice(None) if rows is None else rows
-    step = Decode(cache, group[keep], place[keep], prompts)
-    if rows is not None:
-        for store in cache.own[0]:
-            store.data = store.data.mT[rows].contiguous().mT if store.across else store.data[rows].contiguous()
-    out = step.attend(q[:, keep], k[:, keep], v[:, keep], window=window, scaling=width**-0.5, softcap=None, sinks=None)
-    return out.float(), [store.data.float() for store in cache.own[0]]
-
-
-@BOTH
-@pytest.mark.parametrize("heads, kv, width", [(9, 3, 64), (4, 4, 32), (14, 2, 64), (8, 1, 80), (6, 2, 128), (4, 1, 16)])
-@pytest.mark.parametrize("window", [None, 1, 20, 50])
-def test_a_decoding_step_is_that_of_plain_products(dtype, heads, kv, width, window, monkeypatch):
-    shape = {"heads": heads, "kv": kv, "width": width, "window": window}
-    ours, kept = attended(dtype, "on", monkeypatch, **shape)
-    theirs, plain = attended(dtype, "off", monkeypatch, **shape)
-    exact = dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, atol=2e-6 if exact else 2e-2, rtol=1e-5 if exact else 2e-2)
-    assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
-
-
-@BOTH
-def test_a_row_of_a_step_does_not_depend_on_the_others(dtype, monkeypatch):
-    shape = {"heads": 9, "kv": 3, "width": 64, "window": None}
-    whole, _ = attended(dtype, "on", monkeypatch, **shape)
-    some = torch.tensor([1, 2, 6, 3])
-    part, _ = attended(dtype, "on", monkeypatch, **shape, rows=some)
-    assert torch.equal(part, whole[:, some])
 
 
 @BOTH
@@ -283,7 +241,7 @@ WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None
 from preftune import kernels
-assert kernels.find("pointwise") is None and kernels.find("decoding") is None
+assert kernels.find("pointwise") is None and kernels.find("blocks") is None
 """
 
 
@@ -331,14 +289,10 @@ def test_what_older_versions_compiled_is_removed_in_the_end(tmp_path, monkeypatc
 SAME_BYTES = """
 import hashlib, torch
 from preftune.kernels import find
-p, d, t, l = (find(name) for name in ("pointwise", "decoding", "trees", "logprobs"))
+p, b, m, t, l = (find(name) for name in ("pointwise", "blocks", "products", "trees", "logprobs"))
 torch.set_num_threads(1)
 x, u = (torch.randn(50, 96, generator=torch.Generator().manual_seed(n)) * 3 for n in (0, 1))
 mask = torch.zeros(20, 20).masked_fill_(torch.ones(20, 20).triu(1).bool(), -1e30)
-cache = torch.randn(2, 1, 16, 32), torch.randn(2, 1, 32, 16)
-own = torch.randn(2, 1, 16, 32).fill_(0.5), torch.randn(2, 1, 32, 16).fill_(0.3)
-cache = tuple(t.copy_(torch.linspace(-1, 1, t.numel()).view(t.shape).sin()) for t in cache)
-q, kv, at = x[:8].view(2, 4, 96)[:, :2, :16].contiguous(), u[:2, :16][None].contiguous(), torch.tensor([3, 20])
 one = lambda *n: torch.tensor(n)
 found = [
     p.silu_gated(x, u), *p.silu_gated_back(x, u, u), p.add_norm(x.clone(), u, u[0], 1e-5, torch.float32), *p.exp_sums(x, 64),
@@ -346,21 +300,28 @@ found = [
     l.log_sums_back(x.clone(), *l.log_sums(x, 1.0), one(*range(50)), u[:, 0].contiguous(), u[:, 1].contiguous(), 1.0),
     p.tree_softmax(x[:, :80].contiguous().view(10, 20, 20), mask), *p.turn(x, 4, 2, u[:, :16].contiguous(), u[:, 16:32].contiguous()),
     *(turn(x.view(50, 6, 16).transpose(0, 1), u[:, :16].contiguous(), u[:, 16:32].contiguous()) for turn in (p.rotate, p.rotate_back)),
-    d.step(q, kv, kv, cache, own, one(0, 1), one(0, 1, 2), one(30, 17), at, most=1, longest=(30, 21), window=None, scaling=0.25),
+    m.multiply(x, m.lay_out(u[:32].contiguous()), u[0, :32].contiguous()),
 ]
-if t.multiplies_pairs():
-    parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
-    how = [(10, (20, 15)), (12, (1,))], 8, None, 0.25
-    made, stats = t.forward(*parts, *how)
-    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, *how))]
-    b = find("blocks")
-    memory = torch.zeros(4, b.size(2, 16), dtype=torch.int32)
+
+
+def step(parts):
+    memory = torch.zeros(4, b.size(2, 16, parts[0].dtype), dtype=torch.int32)
     where = one(*(row.data_ptr() for row in memory))
     b.store(parts[0][:2], parts[1][:2], where, one(1, 0, 50).view(1, 3))
     told = one(0, 0, 2), one(1, 0), one(50), one(0, 0), one(1).view(1, 1), one(2, 3).view(2, 1)
     new = [part.transpose(0, 1)[:2, :2] for part in parts]
     angles = u[:2, :32].contiguous().view(2, 2, 16)
-    found += [b.step(*new, angles, where, told, (1, 1, 1, 2, 128), None, 0.25).float(), memory]
+    return b.step(*new, angles, where, told, (1, 1, 1, 2, 128), None, 0.25).float(), memory
+
+
+found += step([x[:, c : c + 32].view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)])
+if t.multiplies_pairs():
+    parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
+    how = [(10, (20, 15)), (12, (1,))], 8, None, 0.25
+    made, stats = t.forward(*parts, *how)
+    found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, *how))]
+    halves = x.bfloat16()
+    found += [*step(parts), m.multiply(halves, m.lay_out(halves[:32].contiguous())).float()]
 print([hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found])
 """
 
@@ -372,19 +333,24 @@ def test_code_as_compiled_and_code_as_kept_give_the_same_bytes(tmp_path, monkeyp
     assert run() == run()
 
 
-TWO_KERNELS = """
+SOME_KERNELS = """
 import hashlib, sys, torch
 from preftune.kernels import find
-x = lambda h: torch.linspace(-1, 1, h * 90 * 32).sin().view(h, 90, 32).bfloat16()
+x = lambda h: torch.linspace(-1, 1, h * 90 * 32).sin().view(h, 90, 32)
 for name in sys.argv[1]:
-    if name == "d":
-        cache = [torch.linspace(-1, 1, 1024).sin().view(shape).bfloat16() for shape in ((2, 1, 16, 32), (2, 1, 32, 16))] * 2
-        one = lambda *n: torch.tensor(n)
-        q, kv = x(2)[:, :2, :16].float(), x(1)[:, :2, :16]
-        told = cache[:2], [x.clone() for x in cache[2:]], one(0, 1), one(0, 1, 2), one(30, 17), one(3, 20)
-        made = find("decoding").step(q, kv, kv, *told, most=1, longest=(30, 21), window=None, scaling=0.25)
+    if name == "b":
+        blocks, one = find("blocks"), lambda *n: torch.tensor(n)
+        memory = torch.zeros(2, blocks.size(1, 32, torch.float32), dtype=torch.int32)
+        where = one(*(row.data_ptr() for row in memory))
+        blocks.store(x(1), x(1), where, one(0, 0, 50).view(1, 3))
+        q, kv = (x(n)[:, :1].transpose(0, 1) for n in (2, 1))
+        told = one(0, 0, 1), one(0), one(50), one(0), one(0).view(1, 1), one(1).view(1, 1)
+        made = blocks.step(q, kv, kv, None, where, told, (1, 1, 1, 1, 128), None, 0.25)
+    elif name == "p":
+        products = find("products")
+        made = products.multiply(x(1)[0], products.lay_out(x(1)[0, :64].contiguous()))
     else:
-        made, _ = find("trees").forward(x(4), x(2), x(2), [(40, (30, 20))], 0, None, 0.25)
+        made, _ = find("trees").forward(*(x(n).bfloat16() for n in (4, 2, 2)), [(40, (30, 20))], 0, None, 0.25)
     print(hashlib.sha256(made.float().contiguous().numpy().tobytes()).hexdigest())
 """
 
@@ -394,15 +360,14 @@ def test_functions_are_told_apart_by_their_names(tmp_path, monkeypatch):
 
     Of two different functions by one name and number, one would run for both: so the names alone must do.
     """
-    if not find_trees():
-        pytest.skip("no AVX512-BF16")
+    names = "tbp" if find_trees() else "bp"
     same = "import itertools; from numba.core.bytecode import FunctionIdentity as F; F._unique_ids = itertools.repeat(7)\n"
     found = []
     for start in ("", same):
         monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / str(len(start))))
-        command = [sys.executable, "-c", start + TWO_KERNELS, "td"]
+        command = [sys.executable, "-c", start + SOME_KERNELS, names]
         found.append(subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout.split())
-    assert len(found[0]) == 2 and found[0] == found[1]
+    assert len(set(found[0])) == len(names) and found[0] == found[1]
 
 
 def find_trees():

@@ -1,4 +1,4 @@
-"""Products with weights laid out by pairs, against plain ones in float64."""
+"""Products with weights laid out for them, against plain ones in float64."""
 
 from __future__ import annotations
 
@@ -9,27 +9,34 @@ from preftune import kernels
 from preftune.rollout.weights import product
 
 found = kernels.find("products")
-pytestmark = pytest.mark.skipif(
-    found is None or not found.multiplies_pairs(), reason="no compiled kernels for bf16 on this machine (numba, AVX512-BF16)"
+pytestmark = pytest.mark.skipif(found is None, reason="no compiled kernels on this machine (numba)")
+pairs = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(found is None or not found.multiplies_pairs(), reason="no AVX512-BF16, or AMX")
 )
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, pairs])
 
 
-def drawn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+def drawn(*shape, seed, dtype):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [*range(1, 14), 191, 192, 193, 500])
+@pytest.mark.parametrize("rows", [*range(1, 26), 191, 192, 193, 500])
 @pytest.mark.parametrize(("wide", "inner"), [(32, 2), (96, 18), (160, 64)])
-def test_it_is_the_product(rows, wide, inner):
-    x, weight = drawn(rows, inner, seed=0), drawn(wide, inner, seed=1)
-    exact = x.double() @ weight.double().T
-    made = product(weight)(x)
-    assert made.dtype == torch.bfloat16 and made.shape == exact.shape
-    torch.testing.assert_close(made.double(), exact, rtol=2**-8, atol=1e-5 * inner)
+@pytest.mark.parametrize("with_bias", [False, True])
+@BOTH
+def test_it_is_the_product(dtype, with_bias, rows, wide, inner):
+    x, weight = drawn(rows, inner, seed=0, dtype=dtype), drawn(wide, inner, seed=1, dtype=dtype)
+    bias = drawn(wide, seed=2, dtype=dtype) if with_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert found.takes(weight)
+    made = product(weight, bias)(x)
+    assert made.dtype == dtype and made.shape == exact.shape
+    torch.testing.assert_close(made.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6 * inner)
 
 
-def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads():
-    x, times = drawn(200, 64, seed=0), product(drawn(96, 64, seed=1))
+@BOTH
+def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads(dtype):
+    x, times = drawn(200, 64, seed=0, dtype=dtype), product(drawn(96, 64, seed=1, dtype=dtype))
     whole, threads = times(x), torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -41,28 +48,29 @@ def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads():
         torch.set_num_threads(threads)
 
 
-def test_any_shape_and_layout_in_memory():
-    x, times = drawn(4, 7, 64, seed=0), product(drawn(96, 64, seed=1))
+@BOTH
+def test_any_shape_and_layout_in_memory(dtype):
+    x, times = drawn(4, 7, 64, seed=0, dtype=dtype), product(drawn(96, 64, seed=1, dtype=dtype))
     whole = times(x.flatten(0, 1))
     assert torch.equal(times(x), whole.view(4, 7, 96))
     apart = torch.empty(28, 130, dtype=x.dtype)[:, 1:129:2].copy_(x.flatten(0, 1))
     assert not apart.is_contiguous() and torch.equal(times(apart), whole)
-    turned = drawn(64, 96, seed=1).T.contiguous().T
+    turned = drawn(64, 96, seed=1, dtype=dtype).T.contiguous().T
     assert torch.equal(product(turned.T)(x), product(turned.T.contiguous())(x))
 
 
-def test_what_it_does_not_take():
-    weight = drawn(96, 64, seed=0)
-    assert found.takes(weight) and not found.takes(weight.float())
-    assert not found.takes(weight[:90]) and not found.takes(weight[:, :63])
-    x = drawn(5, 64, seed=1)
-    bias = drawn(96, seed=2)
-    torch.testing.assert_close(product(weight, bias)(x).double(), x.double() @ weight.double().T + bias.double(), rtol=2**-7, atol=2e-2)
+@BOTH
+def test_what_it_does_not_take(dtype):
+    weight = drawn(96, 64, seed=0, dtype=dtype)
+    assert found.takes(weight) and not found.takes(weight.double()) and not found.takes(weight[:90])
+    assert found.takes(weight[:, :63]) == (dtype == torch.float32)
+    x = drawn(5, 64, seed=1, dtype=dtype)
     torch.testing.assert_close(product(weight[:90])(x), product(weight)(x)[:, :90], rtol=2**-7, atol=1e-3)
 
 
-def test_nan_and_infinity_stay_in_their_row():
-    x, times = drawn(9, 64, seed=0), product(drawn(96, 64, seed=1))
+@BOTH
+def test_nan_and_infinity_stay_in_their_row(dtype):
+    x, times = drawn(9, 64, seed=0, dtype=dtype), product(drawn(96, 64, seed=1, dtype=dtype))
     whole = times(x)
     x[3, 5], x[7, 6] = float("nan"), float("inf")
     made = times(x)

@@ -1,83 +1,115 @@
-"""Products with weights that lie as the CPU multiplies bf16: what a decoding step reads of memory, it reads once and in order."""
+"""Products with weights that lie as the CPU multiplies them: what a decoding step reads of memory, it reads once and in order.
+
+Bf16 is multiplied by pairs that follow each other along the inner dimension, a pair in the place of a float; so both types lie alike.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from llvmlite import binding
 from numba import carray, njit
 from torch import Tensor
 
 from preftune.kernels.launch import Kernel, given, my_share
 from preftune.kernels.pairs import across
-from preftune.kernels.tiles import LANES, at16, at32i, multiplies_pairs, narrow, panel_product
+from preftune.kernels.tiles import FLOATS, LANES, PAIRS, at32i, memory, multiplies_pairs, panel_product
 
-_VECTORS = 2
+_FEATURES = binding.get_host_cpu_features()
+_WIDE = bool(_FEATURES.get("avx512f"))
+_VECTORS = 2 if _WIDE else 1
 PANEL = LANES * _VECTORS
 """Columns made at a time: their weights stay in the core's cache from one block of rows to the next."""
 _ROWS = 192
 """Rows at a time: they stay there, too, from one panel to the next."""
-_product = panel_product(_VECTORS)
+_TALLEST = {PAIRS: 6, FLOATS: 12 if _WIDE else 6}
+"""Rows whose results are held in registers."""
 
 
-@njit(inline="always")
-def _multiply(address):
-    ask = given(address)
-    x, weights, out, rows, pairs, columns = ask[0], ask[1], ask[2], ask[3], ask[4], ask[5]
-    result = np.empty((_ROWS, PANEL), np.float32)
-    start, end = my_share(address, columns // PANEL)
-    for top in range(0, rows, _ROWS):
-        some = min(rows - top, _ROWS)
-        for panel in range(start, end):
-            _product(x + 4 * top * pairs, weights + 4 * panel * PANEL * pairs, result.ctypes.data, some, pairs)
-            for i in range(some):
-                line = at16(out + 2 * ((top + i) * columns + panel * PANEL))
-                for c in range(PANEL):
-                    line[c] = narrow(result[i, c])
+def _multiply(half: bool) -> Any:
+    size, get, put = memory(half)
+    numbers = PAIRS if half else FLOATS
+    product = panel_product(_VECTORS, numbers, _TALLEST[numbers], not half)
+
+    @njit(inline="always")
+    def multiply(address):
+        ask = given(address)
+        x, weights, bias, out, rows, inner, columns = ask[0], ask[1], ask[2], ask[3], ask[4], ask[5], ask[6]
+        result = np.empty((_ROWS, PANEL), np.float32)
+        start, end = my_share(address, columns // PANEL)
+        for top in range(0, rows, _ROWS):
+            some = min(rows - top, _ROWS)
+            for panel in range(start, end):
+                product(x + 4 * top * inner, weights + 4 * panel * PANEL * inner, result.ctypes.data, some, inner)
+                if bias:
+                    for i in range(some):
+                        for c in range(PANEL):
+                            result[i, c] += get(bias + size * panel * PANEL, c)
+                for i in range(some):
+                    line = out + size * ((top + i) * columns + panel * PANEL)
+                    for c in range(PANEL):
+                        put(line, c, result[i, c])
+
+    return multiply
 
 
 @njit(inline="always")
 def _lay_out(address):
     ask = given(address)
-    weight, to, pairs, columns = ask[0], ask[1], ask[2], ask[3]
+    weight, to, inner, columns = ask[0], ask[1], ask[2], ask[3]
     start, end = my_share(address, columns // PANEL)
     for panel in range(start, end):
-        offset = 4 * panel * PANEL * pairs
-        across(weight + offset, 2 * pairs, PANEL, 2 * pairs, carray(at32i(to + offset), (pairs, PANEL)), 0)
+        offset = 4 * panel * PANEL * inner
+        across(weight + offset, 2 * inner, PANEL, 2 * inner, carray(at32i(to + offset), (inner, PANEL)), 0)
+
+
+_multiply_halves, _multiply_floats = _multiply(True), _multiply(False)
 
 
 def _multiply16(address: int) -> None:
-    _multiply(address)
+    _multiply_halves(address)
 
 
-def _lay_out16(address: int) -> None:
+def _multiply32(address: int) -> None:
+    _multiply_floats(address)
+
+
+def _lay_out_any(address: int) -> None:
     _lay_out(address)
 
 
-_MULTIPLY, _LAY_OUT = Kernel(_multiply16), Kernel(_lay_out16)
+_MULTIPLY = {torch.bfloat16: Kernel(_multiply16), torch.float32: Kernel(_multiply32)}
+_LAY_OUT = Kernel(_lay_out_any)
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether a weight [V, D] may be laid out: bf16 on a CPU that multiplies it by pairs, in whole panels of whole pairs."""
-    whole = weight.shape[0] % PANEL == 0 and weight.shape[1] % 2 == 0
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and whole and multiplies_pairs()
+    """Whether a weight [V, D] may be laid out: on a CPU that multiplies its type by vectors, in whole panels (of whole pairs)."""
+    if weight.device.type != "cpu" or weight.shape[0] % PANEL:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return weight.shape[1] % 2 == 0 and multiplies_pairs()
+    return weight.dtype == torch.float32 and bool(_FEATURES.get("fma"))
 
 
 def lay_out(weight: Tensor) -> Tensor:
-    """A weight [V, D] as panels [V / PANEL, D / 2, PANEL] of pairs, for `multiply`."""
+    """A weight [V, D] as panels for `multiply`: [V / PANEL, D, PANEL], or [V / PANEL, D / 2, PANEL] pairs of bf16 as int32."""
     weight = weight.contiguous()
-    columns, pairs = len(weight), weight.shape[1] // 2
-    made = weight.new_empty((columns // PANEL, pairs, PANEL), dtype=torch.int32)
-    _LAY_OUT(weight.data_ptr(), made.data_ptr(), pairs, columns)
+    columns, inner = len(weight), weight.nbytes // 4 // len(weight)
+    made = weight.new_empty((columns // PANEL, inner, PANEL), dtype=torch.int32 if weight.dtype == torch.bfloat16 else torch.float32)
+    _LAY_OUT(weight.data_ptr(), made.data_ptr(), inner, columns)
     return made
 
 
-def multiply(x: Tensor, panels: Tensor) -> Tensor:
-    """[.., V] = x @ weight.T of x [.., D] in bf16, the weight as `lay_out` gave it; sums in fp32, rounded once.
+def multiply(x: Tensor, panels: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[.., V] = x @ weight.T + bias of x [.., D], the weight as `lay_out` gave it, all of one type; sums in fp32, rounded once.
 
     A row's numbers do not depend on the rows beside it.
     """
-    count, pairs, _ = panels.shape
+    count, inner, _ = panels.shape
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], count * PANEL))
-    _MULTIPLY(x.data_ptr(), panels.data_ptr(), out.data_ptr(), x.numel() // (2 * pairs), pairs, count * PANEL)
+    where = x.data_ptr(), panels.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    _MULTIPLY[x.dtype](*where, x.nbytes // 4 // inner, inner, count * PANEL)
     return out

@@ -184,16 +184,20 @@ def fill(typing: Any, address: Any, n: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.float32), generate
 
 
+def _ask(builder: Any, address: Any) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, into_the_second_level, data = (ir.Constant(_I32, n) for n in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, pointer), to_read, into_the_second_level, data])
+
+
 @intrinsic
 def fetch(typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address, without waiting for it."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        to_read, into_the_second_level, data = (ir.Constant(_I32, n) for n in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(args[0], pointer), to_read, into_the_second_level, data])
+        _ask(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -216,10 +220,14 @@ _PAIRS = ir.VectorType(_BrainFloat(), 2 * LANES)
 
 
 @functools.cache
+def has_pairs() -> bool:
+    """Whether this CPU multiplies bf16 by pairs (AVX512-BF16)."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16"))
+
+
 def multiplies_pairs() -> bool:
-    """Whether this CPU multiplies bf16 by pairs (AVX512-BF16), and has no unit for whole tiles (AMX), which PyTorch would use."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
+    """Whether it does, and has no unit for whole tiles (AMX), which PyTorch would use for large products."""
+    return has_pairs() and not binding.get_host_cpu_features().get("amx-bf16")
 
 
 @njit(inline="always")
@@ -232,17 +240,18 @@ FLOATS, HALVES, PAIRS = "floats", "halves", "pairs"
 """What a product reads of its right side: floats, bf16, or, of both sides, two bf16 that follow each other along k in one int32."""
 
 
-def _tile(rows: int, vectors: int, numbers: str, fresh: bool) -> Any:
+def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False) -> Any:
     """Product of a few rows: c [rows, 16 * vectors] (+)= a [rows, k] @ b [k, 16 * vectors], all of c in registers.
 
-    Arguments are addresses and row lengths in numbers (or pairs of them); `fresh` starts from zero.
+    Arguments are addresses and row lengths in numbers (or pairs of them); `fresh` starts from zero. One that `asks` does so, at each of k,
+    for `step` bytes of what will be read next, from `ahead` on.
     """
 
     def place(builder: Any, base: Any, offset: Any, kind: Any, size: int) -> Any:
         return builder.inttoptr(builder.add(base, builder.mul(offset, ir.Constant(_I64, size))), kind.as_pointer())
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a, a_row, b, b_row, c, c_row, k = args
+        a, a_row, b, b_row, c, c_row, k, ahead, step = args
         number = lambda n: ir.Constant(_I64, n)
         if numbers == PAIRS:
             kind, name = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -257,6 +266,10 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool) -> Any:
         for cell in cells:
             builder.store(ir.Constant(_FLOATS, [0.0] * LANES) if fresh else builder.load(home[cell], align=4), kept[cell])
         with cgutils.for_range(builder, k) as loop:
+            if asks:
+                line = builder.add(ahead, builder.mul(step, loop.index))
+                for w in range(vectors):
+                    _ask(builder, builder.add(line, number(4 * LANES * w)))
             right = []
             for w in range(vectors):
                 offset = builder.add(builder.mul(b_row, loop.index), number(LANES * w))
@@ -280,8 +293,8 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(context: Any, a: Any, a_row: Any, b: Any, b_row: Any, c: Any, c_row: Any, k: Any) -> Any:
-        return types.void(*[types.int64] * 7), generate
+    def tile(context: Any, a: Any, a_row: Any, b: Any, b_row: Any, c: Any, c_row: Any, k: Any, ahead: Any, step: Any) -> Any:
+        return types.void(*[types.int64] * 9), generate
 
     return tile
 
@@ -313,13 +326,13 @@ def small_product(numbers: str, fresh: bool) -> Any:
         def walk(a, a_row, b, b_row, c, c_row, m, k):
             while m > 0:
                 if m >= 6:
-                    six(a, a_row, b, b_row, c, c_row, k)
+                    six(a, a_row, b, b_row, c, c_row, k, 0, 0)
                     done = 6
                 elif m >= 3:
-                    three(a, a_row, b, b_row, c, c_row, k)
+                    three(a, a_row, b, b_row, c, c_row, k, 0, 0)
                     done = 3
                 else:
-                    one(a, a_row, b, b_row, c, c_row, k)
+                    one(a, a_row, b, b_row, c, c_row, k, 0, 0)
                     done = 1
                 m -= done
                 a += 4 * a_row * done
@@ -348,28 +361,35 @@ def small_product(numbers: str, fresh: bool) -> Any:
     return product
 
 
-def panel_product(vectors: int) -> Any:
-    """c [m, n] = a [m, k] @ b [k, n] of pairs, n = 16 * `vectors`, all without gaps: as `small_product`, a tile for any rest."""
-    tiles = [_tile(rows, vectors, PAIRS, True) for rows in (1, 2, 3, 4, 5, 6)]
-    one, two, three, four, five, six = tiles
-    n = LANES * vectors
+def panel_product(vectors: int, numbers: str, tallest: int, asks: bool = False) -> Any:
+    """c [m, n] = a [m, k] @ b [k, n], n = 16 * `vectors`, all without gaps: in tiles of `tallest` rows and one of the rest.
 
-    @_named(f"panel_product_{vectors}")
-    def product(a, b, c, m, k):
-        while m >= 6:
-            six(a, k, b, n, c, n, k)
-            m -= 6
-            a += 24 * k
-            c += 24 * n
-        if m == 5:
-            five(a, k, b, n, c, n, k)
-        elif m == 4:
-            four(a, k, b, n, c, n, k)
-        elif m == 3:
-            three(a, k, b, n, c, n, k)
-        elif m == 2:
-            two(a, k, b, n, c, n, k)
-        elif m == 1:
-            one(a, k, b, n, c, n, k)
+    One that `asks` does so, while it computes, for the numbers that lie behind b, as many as b has.
+    """
+    n, product = LANES * vectors, None
 
-    return product
+    def with_tile(rows: int, rest: Any) -> Any:
+        tile = _tile(rows, vectors, numbers, True, asks)
+
+        @_named(f"panel_product_{numbers}_{vectors}_{rows}")
+        def walk(a, b, c, m, k, ahead, step):
+            while m >= rows:
+                tile(a, k, b, n, c, n, k, ahead, step)
+                ahead += step * k
+                m -= rows
+                a += 4 * rows * k
+                c += 4 * rows * n
+            if rest is not None and m > 0:
+                rest(a, b, c, m, k, ahead, step)
+
+        return walk
+
+    for rows in range(1, tallest + 1):
+        product = with_tile(rows, product)
+
+    @_named(f"panel_product_{numbers}_{vectors}")
+    def whole(a, b, c, m, k):
+        tiles = (m + tallest - 1) // tallest
+        product(a, b, c, m, k, b + 4 * n * k, 4 * n // tiles)
+
+    return whole

@@ -20,8 +20,8 @@ FEWEST = 16
 class Blocks:
     """The blocks of a call of `generate`; None takes the place of it where no kernel reads them."""
 
-    def __init__(self, kernels: Any, layers: int) -> None:
-        self.kernels, self.tokens = kernels, kernels.TOKENS
+    def __init__(self, kernels: Any, layers: int, dtype: torch.dtype) -> None:
+        self.kernels, self.tokens, self.dtype = kernels, kernels.TOKENS, dtype
         self.count = 0
         self.free: list[int] = []
         self.prompts: list[list[int]] = []
@@ -33,11 +33,11 @@ class Blocks:
     def of(cls, layers: int, like: Tensor) -> Blocks | None:
         """Blocks for keys and values of this type, where kernels read them."""
         kernels = find("blocks")
-        return cls(kernels, layers) if kernels is not None and kernels.takes(like) else None
+        return cls(kernels, layers, like.dtype) if kernels is not None and kernels.takes(like) else None
 
     def holds(self, v: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
         """Whether a layer with such values and options keeps them here."""
-        return softcap is None and sinks is None and bool(self.kernels.takes(v))
+        return softcap is None and sinks is None and v.dtype == self.dtype and bool(self.kernels.takes(v))
 
     def needed(self, tokens: int) -> int:
         """How many blocks so many tokens take."""
@@ -54,7 +54,7 @@ class Blocks:
         """Address of each block of a layer."""
         known = self.addresses[layer]
         if len(known) < self.count:
-            fresh = torch.empty(self.count - len(known), self.kernels.size(kv, width), dtype=torch.int32)
+            fresh = torch.empty(self.count - len(known), self.kernels.size(kv, width, self.dtype), dtype=torch.int32)
             self.memory[layer].append(fresh)
             known = torch.cat([known, fresh.data_ptr() + fresh.stride(0) * 4 * torch.arange(len(fresh))])
             self.addresses[layer] = known

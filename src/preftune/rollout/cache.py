@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune.kernels import find
 from preftune.models.attention import TreePlan
 from preftune.packing.batch import Layout
 from preftune.rollout.blocks import Blocks
@@ -148,14 +147,6 @@ class Decode:
             return self.in_blocks(blocks, by_row[0], by_row[1], by_row[2], None, window=window, scaling=scaling).transpose(0, 1)
         stores = self._stores(k, v)
         self.layer += 1
-        kernels = find("decoding") if softcap is None and sinks is None else None
-        if kernels is not None and kernels.takes(q, v):
-            (prompt_keys, prompt_values), (own_keys, own_values) = stores
-            stored = (prompt_keys.mT, prompt_values), (own_keys.mT, own_values)
-            longest, grid = (self.longest_prompt, self.longest_own), self.grid
-            where = grid.order, grid.starts, self.prompts, self.own
-            out: Tensor = kernels.step(q, k, v, *stored, *where, most=grid.most, longest=longest, window=window, scaling=scaling)
-            return out
         return self._plainly(q, k, v, *stores, window, scaling, softcap, sinks)
 
     def in_blocks(

@@ -22,12 +22,12 @@ ROWS = 128
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Product:
-    """x @ weight.T + bias for x of the weight's type; on a CPU in bf16 the weight is laid out once, where each product would do it anew."""
+    """x @ weight.T + bias for x of the weight's type; on a CPU the weight is laid out once, where each product would do it anew."""
     ready = weight.detach()
-    kernels = find("products") if bias is None else None
+    kernels = find("products")
     if kernels is not None and kernels.takes(ready):
         panels = kernels.lay_out(ready)
-        return lambda x: kernels.multiply(x, panels)
+        return lambda x: kernels.multiply(x, panels, bias)
     if ready.device.type == "cpu" and ready.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(ready.contiguous(), ROWS)
@@ -43,18 +43,23 @@ def prepared(model: Any, dtype: torch.dtype) -> Iterator[None]:
     make_lean(model)
     changed: list[tuple[LeanLinear, Joined]] = []
     try:
-        if dtype != torch.float32:
-            together: dict[Joined, Together] = {}
-            for layer in model.modules():
-                if type(layer) is LeanLinear:
-                    changed.append((layer, layer.joined))
-                    if layer.joined not in together:
-                        together[layer.joined] = Together(layer.joined.layers, dtype)
-                    layer.joined = together[layer.joined]
+        together: dict[Joined, Together] = {}
+        for layer in model.modules():
+            if type(layer) is LeanLinear and (dtype != torch.float32 or _gains(layer.joined.layers)):
+                changed.append((layer, layer.joined))
+                if layer.joined not in together:
+                    together[layer.joined] = Together(layer.joined.layers, dtype)
+                layer.joined = together[layer.joined]
         yield
     finally:
         for layer, joined in changed:
             layer.joined = joined
+
+
+def _gains(layers: Sequence[nn.Linear]) -> bool:
+    """Whether products of fp32 weights are faster with a copy of them: where kernels take it, else they stay as they lie."""
+    kernels = find("products")
+    return kernels is not None and all(kernels.takes(layer.weight) for layer in layers)
 
 
 class Together(Joined):
