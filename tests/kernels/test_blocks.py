@@ -120,8 +120,9 @@ def test_queries_and_keys_are_turned_by_their_angles(dtype):
     k, v = normal(2, 2, len(GROUP), 32, seed=9).to(dtype)
     angles = normal(len(GROUP), 2, 32, seed=10)
     step = lambda cache: Decode(cache, torch.tensor(GROUP), torch.zeros(len(GROUP), dtype=torch.long), torch.tensor(PROMPTS))
-    parts = (x.transpose(0, 1) for x in (q, k, v))
-    found = step(text.cache).in_blocks(text.cache.blocks, *parts, angles, window=None, scaling=0.2)
+    blocks = text.cache.blocks
+    told = step(text.cache).told(blocks, 3)
+    found = blocks.kernels.step(*(x.transpose(0, 1).contiguous() for x in (q, k, v)), angles, blocks.where(0, 2, 32), *told, None, 0.2)
     plain = step(other.cache).attend(turned(q, angles), turned(k, angles), v, window=None, scaling=0.2, softcap=None, sinks=None)
     near = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.transpose(0, 1), plain, atol=near, rtol=near)

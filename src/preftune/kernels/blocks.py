@@ -223,16 +223,16 @@ def _store(half: bool) -> Any:
     return store
 
 
-_step_halves, _step_floats = _step(True), _step(False)
+step_halves, step_floats = _step(True), _step(False)
 _store_halves, _store_floats = _store(True), _store(False)
 
 
 def _step_blocks16(address: int) -> None:
-    _step_halves(address)
+    step_halves(address)
 
 
 def _step_blocks32(address: int) -> None:
-    _step_floats(address)
+    step_floats(address)
 
 
 def _store_blocks16(address: int) -> None:

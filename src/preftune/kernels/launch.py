@@ -55,13 +55,13 @@ class Kernel:
         if not self._address:
             self._code = _compiled(self.function)  # kept: its memory goes with it
             self._address = self._code.address
-        library, told = _openmp()
-        data = array.array("q", (*told, *arguments))
+        library, _ = _openmp()
+        data = array.array("q", (*told(), *arguments))
         library.GOMP_parallel(self._address, data.buffer_info()[0], torch.get_num_threads(), 0)
 
 
 _INTEGER = ir.IntType(64)
-_TOLD = 3
+TOLD = 3
 """Numbers before the arguments: how many parts are taken, and where OpenMP says which thread this is and how many there are."""
 
 
@@ -70,7 +70,7 @@ def given(context: Any, address: Any) -> Any:
     """Pointer to the arguments of the call."""
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.inttoptr(builder.add(args[0], ir.Constant(_INTEGER, 8 * _TOLD)), _INTEGER.as_pointer())
+        return builder.inttoptr(builder.add(args[0], ir.Constant(_INTEGER, 8 * TOLD)), _INTEGER.as_pointer())
 
     return types.CPointer(types.int64)(types.int64), generate
 
@@ -112,6 +112,16 @@ def bits(x: float) -> int:
     return ctypes.c_int32.from_buffer(ctypes.c_float(x)).value
 
 
+def told() -> tuple[int, int, int]:
+    """What a kernel is told before its arguments."""
+    return _openmp()[1]
+
+
+def barrier() -> int:
+    """The address of a function by which threads of one call wait for each other."""
+    return ctypes.cast(_openmp()[0].GOMP_barrier, ctypes.c_void_p).value or 0
+
+
 def probe() -> None:
     """Raise OSError or AttributeError where PyTorch's loops do not run on GNU OpenMP."""
     _openmp()
@@ -124,6 +134,7 @@ def _openmp() -> tuple[Any, tuple[int, int, int]]:
         library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None
+        library.GOMP_barrier.restype = None
         thread, threads = (
             ctypes.cast(one, ctypes.c_void_p).value or 0 for one in (library.omp_get_thread_num, library.omp_get_num_threads)
         )

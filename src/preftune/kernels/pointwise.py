@@ -221,22 +221,22 @@ def _norm_back(address):
                 to[c] = g[c] * weight[c] * scale + x[c] * back
 
 
-_norm_halves, _norm_floats = _norm(True), _norm(False)
+norm_halves, norm_floats = _norm(True), _norm(False)
 _turn_halves, _turn_floats = _turn(True), _turn(False)
 _rotary_halves, _rotary_floats = _rotary(True, False), _rotary(False, False)
 _rotary_back_halves, _rotary_back_floats = _rotary(True, True), _rotary(False, True)
-_gated_halves, _gated_floats = _gated(True), _gated(False)
+gated_halves, gated_floats = _gated(True), _gated(False)
 _gated_back_halves, _gated_back_floats = _gated_back(True), _gated_back(False)
 _exp_sums_halves, _exp_sums_floats = _exp_sums(True), _exp_sums(False)
 _tree_softmax_halves, _tree_softmax_floats = _tree_softmax(True), _tree_softmax(False)
 
 
 def _norm16(address: int) -> None:
-    _norm_halves(address)
+    norm_halves(address)
 
 
 def _norm32(address: int) -> None:
-    _norm_floats(address)
+    norm_floats(address)
 
 
 def _turn16(address: int) -> None:
@@ -264,11 +264,11 @@ def _rotary_back32(address: int) -> None:
 
 
 def _gated16(address: int) -> None:
-    _gated_halves(address)
+    gated_halves(address)
 
 
 def _gated32(address: int) -> None:
-    _gated_floats(address)
+    gated_floats(address)
 
 
 def _gated_back16(address: int) -> None:

@@ -65,15 +65,15 @@ def _lay_out(address):
         across(weight + offset, 2 * inner, PANEL, 2 * inner, carray(at32i(to + offset), (inner, PANEL)), 0)
 
 
-_multiply_halves, _multiply_floats = _multiply(True), _multiply(False)
+multiply_halves, multiply_floats = _multiply(True), _multiply(False)
 
 
 def _multiply16(address: int) -> None:
-    _multiply_halves(address)
+    multiply_halves(address)
 
 
 def _multiply32(address: int) -> None:
-    _multiply_floats(address)
+    multiply_floats(address)
 
 
 def _lay_out_any(address: int) -> None:

@@ -7,7 +7,7 @@ therefore written with vectors of sixteen. All of it is portable LLVM: a CPU wit
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import binding, ir
@@ -366,7 +366,7 @@ def panel_product(vectors: int, numbers: str, tallest: int, asks: bool = False) 
 
     One that `asks` does so, while it computes, for the numbers that lie behind b, as many as b has.
     """
-    n, product = LANES * vectors, None
+    n, product = LANES * vectors, cast(Any, None)
 
     def with_tile(rows: int, rest: Any) -> Any:
         tile = _tile(rows, vectors, numbers, True, asks)

@@ -143,24 +143,27 @@ class Decode:
         k = k.to(v.dtype)  # under autocast rotary embeddings leave keys in fp32, and every product would cast all of them
         blocks = self.cache.blocks
         if blocks is not None and blocks.holds(v, softcap, sinks):
-            by_row = [x.transpose(0, 1) for x in (q.to(v.dtype), k, v)]
-            return self.in_blocks(blocks, by_row[0], by_row[1], by_row[2], None, window=window, scaling=scaling).transpose(0, 1)
+            by_row = [x if x.stride(2) == 1 else x.contiguous() for x in (x.transpose(0, 1) for x in (q.to(v.dtype), k, v))]
+            told, sizes = self.told(blocks, len(q) // len(v))  # takes the blocks that are needed
+            where, self.layer = blocks.where(self.layer, len(v), v.shape[2]), self.layer + 1
+            attended: Tensor = blocks.kernels.step(*by_row, None, where, told, sizes, window, scaling)
+            return attended.transpose(0, 1)
         stores = self._stores(k, v)
         self.layer += 1
         return self._plainly(q, k, v, *stores, window, scaling, softcap, sinks)
 
-    def in_blocks(
-        self, blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, *, window: int | None, scaling: float
-    ) -> Tensor:
-        """[B, H, d] queries over [B, Hkv, d] new keys and all in the blocks, queries and keys first turned by [B, 2, d] angles."""
-        shared = q.shape[1] // k.shape[1]
+    def told(self, blocks: Blocks, shared: int) -> Any:
+        """What kernels are told of this step, where so many queries share a key."""
         if shared not in self._told:
             self._told[shared] = blocks.step(self.group.tolist(), self.own.tolist(), self.prompts.tolist(), shared)
-        where = blocks.where(self.layer, k.shape[1], k.shape[2])
-        self.layer += 1
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        out: Tensor = blocks.kernels.step(q, k, v, angles, where, *self._told[shared], window, scaling)
-        return out
+        return self._told[shared]
+
+    def told_of_all(self, heads: int, kv: int, width: int) -> Any:
+        """Addresses of all layers' blocks, and what kernels are told, for layers that are alike."""
+        blocks = self.cache.blocks
+        assert blocks is not None
+        told, sizes = self.told(blocks, heads // kv)
+        return [blocks.where(layer, kv, width) for layer in range(len(blocks.addresses))], told, sizes
 
     def _stores(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Keys and values of the prompts, and those of the rows' own tokens with room for a further one."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from preftune.kernels import find
 from preftune.models.attention import Plan, TreePlan
@@ -19,8 +20,9 @@ from preftune.models.lean import LeanLinear, compute_type, gate_kernels, is_lean
 from preftune.models.norms import is_lean_norm
 from preftune.models.policy import TOLERANCE, Backbone
 from preftune.packing.batch import Layout
+from preftune.rollout.blocks import Blocks
 from preftune.rollout.cache import Decode
-from preftune.rollout.weights import Together
+from preftune.rollout.weights import InPanels, Together
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROBE = 6
@@ -65,8 +67,9 @@ class _Layer:
 class Decoder:
     """Hidden states of a packed row: by hand where that gives the model's own, else by its own modules."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, blocks: Blocks | None = None) -> None:
         """To be made, and used, where weights are prepared and the backbone's precision is on."""
+        self.step: Any = None
         self.inner = backbone.hf.base_model
         self.layers: list[_Layer] = []
         if not _looks_plain(self.inner):
@@ -78,6 +81,8 @@ class Decoder:
         ours = self._by_hand(ids, torch.arange(PROBE, device=ids.device), TreePlan(listener.layout))
         if not float((ours - theirs).norm() / theirs.norm()) < TOLERANCE[backbone.compute]:
             self.layers = []
+        elif blocks is not None:
+            self.step = _in_one_call(self.layers, self.inner.norm, blocks, backbone.compute)
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: Plan, wanted: Tensor | None = None) -> Tensor:
         """[T, D] states, after the final norm, of [T] ids at [T] positions, or of those of them that are `wanted`."""
@@ -96,21 +101,24 @@ class Decoder:
         if kernels is not None and not all(map(kernels.takes, (states, cos, sin))):
             kernels = None
         compute = compute_type(states)
-        whole = states.dtype == torch.float32 and kernels is not None
-        step = plan if isinstance(plan, Decode) and whole and cos.dtype == torch.float32 else None
-        angles = torch.stack((cos, sin), 1)
+        whole = states.dtype == torch.float32 and kernels is not None and states.is_contiguous()
+        if isinstance(plan, Decode) and self.step is not None and whole and _turns(cos, self.step.width):
+            return self.step(states, torch.stack((cos, sin), 1), *plan.told_of_all(self.step.heads, self.step.kv, self.step.width))
         added = None
         for layer in self.layers:
             x = _norm(kernels, layer.before, states, added, compute)
-            seen = None if step is None else _in_blocks(step, layer, x, angles)
-            if seen is None:
-                q, k, v = _turned(kernels, layer.attention, x, cos, sin)
-                seen = plan.attend(q, k, v, **layer.options).transpose(0, 1)
+            q, k, v = _turned(kernels, layer.attention, x, cos, sin)
+            seen = plan.attend(q, k, v, **layer.options).transpose(0, 1)
             if wanted is not None and layer is self.layers[-1]:  # nobody reads what the others would become
                 states, seen = states[wanted], seen[wanted]
             added = layer.out(seen.reshape(len(states), -1))
             added = _fed(layer, _norm(kernels, layer.between, states, added, compute))
         return _norm(None, self.inner.norm, states, added, compute)
+
+
+def _turns(cos: Tensor, width: int) -> bool:
+    """Whether kernels turn heads of this width by these angles."""
+    return cos.dtype == torch.float32 and cos.shape[-1] == width
 
 
 def _looks_plain(inner: Any) -> bool:
@@ -155,18 +163,29 @@ def _product(layer: Any) -> Callable[[Tensor], Tensor]:
     return joined.whole if isinstance(joined, Together) and len(joined.sizes) == 1 else layer
 
 
-def _in_blocks(plan: Decode, layer: _Layer, x: Tensor, angles: Tensor) -> Tensor | None:
-    """[B, H, d] attention of a step from [B, D] states, in one kernel where that can be; None where it cannot."""
-    blocks, joined, width = plan.cache.blocks, layer.attention.q_proj.joined, layer.attention.head_dim
-    if blocks is None or not isinstance(joined, Together) or len(joined.sizes) != 3 or hasattr(layer.attention, "q_norm"):
+def _in_one_call(layers: Sequence[_Layer], last: Any, blocks: Blocks, compute: torch.dtype) -> Any:
+    """The layers of a step as one kernel; None where they have what it does not know."""
+    kernels = find("layers")
+    if kernels is None:
         return None
-    both = joined.whole(x).view(len(x), -1, width)
-    heads, kv = joined.sizes[0] // width, joined.sizes[1] // width
-    if angles.shape[2] != width or not blocks.holds(both, layer.options["softcap"], layer.options["sinks"]):
-        return None
-    q, k, v = both[:, :heads], both[:, heads : heads + kv], both[:, heads + kv :]
-    options = layer.options
-    return plan.in_blocks(blocks, q, k, v, angles, window=options["window"], scaling=options["scaling"])
+    made, shapes = [], set()
+    for layer in layers:
+        attention, feed, options = layer.attention, layer.feed, layer.options
+        products = [one.joined for one in (attention.q_proj, attention.o_proj, feed.gate_proj, feed.down_proj)]
+        if not all(isinstance(one, Together) and isinstance(one.times, InPanels) for one in products):
+            return None
+        sizes, width = [one.sizes for one in products], attention.head_dim
+        like = torch.empty((0, width), dtype=compute)
+        known = isinstance(feed.act_fn, SiLUActivation | nn.SiLU) and not hasattr(attention, "q_norm")
+        norms = [(one.weight, one.eps_) for one in (layer.before, layer.between, last)]
+        if not known or [len(one) for one in sizes] != [3, 1, 2, 1] or not blocks.holds(like, options["softcap"], options["sinks"]):
+            return None
+        if any(weight.dtype != torch.float32 or not weight.is_contiguous() for weight, _ in norms):
+            return None
+        inward, outward, wide, narrow = (kernels.Weights(one.times.panels, one.times.bias) for one in products)
+        made.append(kernels.Layer(norms[0], inward, outward, norms[1], wide, narrow, options["window"], options["scaling"]))
+        shapes.add((sizes[0][0] // width, sizes[0][1] // width, width, sizes[2][0]))
+    return kernels.Layers(made, norms[2], *shapes.pop()[:3], compute) if len(shapes) == 1 else None
 
 
 def _turned(kernels: Any, attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

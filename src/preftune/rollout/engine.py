@@ -142,7 +142,7 @@ class _Run:
         self.cache = Cache(config.num_hidden_layers, self.blocks)
         weight, self.head = language_head(engine.model.backbone)
         self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]))
-        self.decoder = Decoder(engine.model.backbone)
+        self.decoder = Decoder(engine.model.backbone, self.blocks)
         self.rows: list[Row] = []
         self.groups: list[int] = []  # prompt of each slot of the prompt cache
         self.group = torch.zeros(0, dtype=torch.long)  # [B] slot of each row's prompt

@@ -21,13 +21,23 @@ ROWS = 128
 """Rows for which oneDNN chooses the layout; measured from 16 to 2048 rows, no other hint was faster."""
 
 
+class InPanels:
+    """The product with a weight that is laid out for kernels."""
+
+    def __init__(self, kernels: Any, weight: Tensor, bias: Tensor | None) -> None:
+        self.kernels, self.panels, self.bias = kernels, kernels.lay_out(weight), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = self.kernels.multiply(x, self.panels, self.bias)
+        return found
+
+
 def product(weight: Tensor, bias: Tensor | None = None) -> Product:
     """x @ weight.T + bias for x of the weight's type; on a CPU the weight is laid out once, where each product would do it anew."""
     ready = weight.detach()
     kernels = find("products")
     if kernels is not None and kernels.takes(ready):
-        panels = kernels.lay_out(ready)
-        return lambda x: kernels.multiply(x, panels, bias)
+        return InPanels(kernels, ready, bias)
     if ready.device.type == "cpu" and ready.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(ready.contiguous(), ROWS)
