@@ -185,10 +185,11 @@ def main(words: list[str]) -> None:
         (model / "child").write_text(str(subprocess.Popen(["sleep", "300"]).pid))
 
     def reply(body: dict[str, Any], count: int) -> Any:
-        if lives <= plan.get("dies", 0) and count > plan.get("after", 5):
+        after = plan.get("after", 5)
+        if lives <= plan.get("dies", 0) and count > (after if lives == 1 else plan.get("later", after)):
             os.write(1, b"ValueError: out of the world\n")  # one write: another request may die with the same words at once
             os._exit(1)
-        if lives <= plan.get("hangs", 0) and count > plan.get("after", 5):
+        if lives <= plan.get("hangs", 0) and count > after:
             time.sleep(300)
         return None
 

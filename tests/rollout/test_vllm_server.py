@@ -111,7 +111,7 @@ def test_it_hangs_and_is_started_again(python: str, model: Path, whole: Any) -> 
 
 
 def test_one_that_dies_again_and_again_is_given_up(python: str, model: Path) -> None:
-    with server(python, model, plan={"dies": 99, "after": 1}) as one, pytest.raises(UserError) as caught:
+    with server(python, model, plan={"dies": 99, "after": 1, "later": 0}) as one, pytest.raises(UserError) as caught:
         drawn(one)
     assert "the vLLM server ended: ValueError: out of the world. What was drawn is kept" in str(caught.value)
     assert int((model / "starts").read_text()) >= 4 and wait_gone(int((model / "pid").read_text()))
