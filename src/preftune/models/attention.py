@@ -1,7 +1,7 @@
 """Tree attention: each response attends to its prompt and to itself only, through transformers' attention interface.
 
 Registered once under a name that any Hugging Face decoder supporting the interface accepts. The plan of a packed row travels as the
-keyword argument `tree`. On a CPU that multiplies bf16 a kernel does all trees. Else a short tree is one dense block there (batched
+keyword argument `tree`. On a CPU a kernel does all trees where it can. Else a short tree is one dense block there (batched
 products beat flash attention's CPU backward), a long one goes response by response through SDPA; on CUDA the whole row is one
 FlexAttention call with a block mask.
 `scaling`, `sliding_window`, `softcap` and `s_aux` (attention sinks) are honoured; anything else that changes scores is refused.
@@ -166,7 +166,7 @@ class _DenseTrees(torch.autograd.Function):
 
 
 class _ByKernel(torch.autograd.Function):
-    """The same by the kernels, in bf16: each branch over its prompt and itself. Keeps two numbers a row beside what it is given."""
+    """The same by the kernels: each branch over its prompt and itself. Keeps two numbers a row beside what it is given."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernels: Any, *how: Any) -> Tensor:
@@ -235,7 +235,7 @@ def _cpu_attention(
 ) -> Tensor:
     plain = softcap is None and sinks is None
     dense = DENSE_TOKENS if plain else min(DENSE_TOKENS, KEPT_TOKENS)
-    if plain and v.dtype == torch.bfloat16 and scaling > 0:
+    if plain and scaling > 0:
         kernels, queries = find("trees"), q.to(v.dtype)
         if kernels is not None and kernels.takes(queries, v):
             return _ByKernel.apply(queries, k.to(v.dtype), v, kernels, plan.layout.trees, plan.layout.shared, window, scaling)
