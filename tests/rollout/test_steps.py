@@ -113,3 +113,16 @@ def test_more_rows_than_before(monkeypatch):
     assert all(s.ids == whole[key].ids and np.array_equal(s.logp, whole[key].logp) for key, s in some.items())
     rows = [count for count, _ in rooms]
     assert max(rows) > rows[0] and all(count <= room for count, room in rooms)
+
+
+def test_weights_that_are_much_of_the_memory_are_read_where_they_lie(monkeypatch):
+    made, known = model("llama"), drawn(model("llama"))
+    size = sum(p.nbytes for p in made.parameters())
+    monkeypatch.setattr("preftune.rollout.weights._memory", lambda: 4 * size)
+    assert one_call(made) is not None
+    monkeypatch.setattr("preftune.rollout.weights._memory", lambda: 4 * size - 4)
+    copies = []
+    monkeypatch.setattr(kernels.find("products"), "lay_out", copies.append)
+    assert one_call(made) is None
+    found = drawn(made)
+    assert not copies and {key: s.ids for key, s in found.items()} == {key: s.ids for key, s in known.items()}

@@ -14,6 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from preftune.kernels.cpu import has_pairs
 from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.pairs import across, along
 from preftune.kernels.tiles import (
@@ -27,7 +28,6 @@ from preftune.kernels.tiles import (
     exp,
     fetch,
     fill,
-    has_pairs,
     highest,
     memory,
     paired,

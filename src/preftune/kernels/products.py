@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding
 from numba import carray, njit
 from torch import Tensor
 
+from preftune.kernels.cpu import has, multiplies_pairs
 from preftune.kernels.launch import Kernel, given, my_share
 from preftune.kernels.pairs import across
-from preftune.kernels.tiles import FLOATS, LANES, PAIRS, at32i, memory, multiplies_pairs, panel_product
+from preftune.kernels.tiles import FLOATS, LANES, PAIRS, at32i, memory, panel_product
 
-_FEATURES = binding.get_host_cpu_features()
-_WIDE = bool(_FEATURES.get("avx512f"))
+_WIDE = has("avx512f")
 _VECTORS = 2 if _WIDE else 1
 PANEL = LANES * _VECTORS
 """Columns made at a time: their weights stay in the core's cache from one block of rows to the next."""
@@ -90,7 +89,7 @@ def takes(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.bfloat16:
         return weight.shape[1] % 2 == 0 and multiplies_pairs()
-    return weight.dtype == torch.float32 and bool(_FEATURES.get("fma"))
+    return weight.dtype == torch.float32 and has("fma")
 
 
 def lay_out(weight: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ therefore written with vectors of sixteen. All of it is portable LLVM: a CPU wit
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from preftune.kernels.cpu import has
 
 LANES = 16
 """Floats of one vector."""
@@ -219,17 +220,6 @@ class _BrainFloat(ir.Type):
 _PAIRS = ir.VectorType(_BrainFloat(), 2 * LANES)
 
 
-@functools.cache
-def has_pairs() -> bool:
-    """Whether this CPU multiplies bf16 by pairs (AVX512-BF16)."""
-    return bool(binding.get_host_cpu_features().get("avx512bf16"))
-
-
-def multiplies_pairs() -> bool:
-    """Whether it does, and has no unit for whole tiles (AMX), which PyTorch would use for large products."""
-    return has_pairs() and not binding.get_host_cpu_features().get("amx-bf16")
-
-
 @njit(inline="always")
 def paired(low: Any, high: Any) -> Any:
     """Two bf16 numbers, as their bits, as one int32."""
@@ -340,15 +330,16 @@ def small_product(numbers: str, fresh: bool) -> Any:
 
         return walk
 
+    roomy = has("avx512f")  # else a register holds half a vector, and there are half as many
     wide, middle, slim = columns(4), columns(2), columns(1)
 
     @_named(called)
     def product(a, a_row, b, b_row, c, c_row, m, k, n):
         while n > 0:
-            if n > 48:
+            if roomy and n > 48:
                 wide(a, a_row, b, b_row, c, c_row, m, k)
                 done = 64
-            elif n > 16:
+            elif roomy and n > 16:
                 middle(a, a_row, b, b_row, c, c_row, m, k)
                 done = 32
             else:

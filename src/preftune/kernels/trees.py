@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from preftune.kernels.cpu import multiplies_pairs
 from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.pairs import across, along, along_turned, by_pairs, down, former, latter, straight, straight_turned, up
 from preftune.kernels.tiles import (
@@ -28,7 +29,6 @@ from preftune.kernels.tiles import (
     fill,
     highest,
     memory,
-    multiplies_pairs,
     real,
     small_product,
 )

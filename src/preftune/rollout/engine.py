@@ -24,7 +24,7 @@ from preftune.rollout.decoder import Decoder
 from preftune.rollout.padded import generate as padded
 from preftune.rollout.samples import Row, Sample
 from preftune.rollout.sampling import Sampling, draw, uniforms
-from preftune.rollout.weights import prepared, product
+from preftune.rollout.weights import prepared, product, room_for_copies
 
 CACHE_BYTES = 2 * 2**30
 """Keys and values kept at once, unless a caller says otherwise."""
@@ -141,7 +141,8 @@ class _Run:
         self.blocks = Blocks.of(config.num_hidden_layers, like)
         self.cache = Cache(config.num_hidden_layers, self.blocks)
         weight, self.head = language_head(engine.model.backbone)
-        self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]))
+        copied = self.head["compute"] != torch.float32 or room_for_copies(engine.model.hf)
+        self.vocabulary, self.times = len(weight), product(weight.to(self.head["compute"]), copied=copied)
         self.decoder = Decoder(engine.model.backbone, self.blocks)
         self.rows: list[Row] = []
         self.groups: list[int] = []  # prompt of each slot of the prompt cache

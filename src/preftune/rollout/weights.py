@@ -4,6 +4,7 @@ that read the same states side by side, so that one product serves them all."""
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from preftune.models.lean import Joined, LeanLinear, make_lean
 Product = Callable[[Tensor], Tensor]
 """[.., D] states to [.., V]."""
 
+COPIED_PART = 4
+"""Fp32 weights are copied where they take at most the so-manieth part of the machine's memory."""
 ROWS = 128
 """Rows for which oneDNN chooses the layout; measured from 16 to 2048 rows, no other hint was faster."""
 
@@ -32,13 +35,16 @@ class InPanels:
         return found
 
 
-def product(weight: Tensor, bias: Tensor | None = None) -> Product:
-    """x @ weight.T + bias for x of the weight's type; on a CPU the weight is laid out once, where each product would do it anew."""
+def product(weight: Tensor, bias: Tensor | None = None, *, copied: bool = True) -> Product:
+    """x @ weight.T + bias for x of the weight's type; on a CPU the weight is laid out once, where each product would do it anew.
+
+    Not `copied`, it is read where it lies.
+    """
     ready = weight.detach()
-    kernels = find("products")
+    kernels = find("products") if copied else None
     if kernels is not None and kernels.takes(ready):
         return InPanels(kernels, ready, bias)
-    if ready.device.type == "cpu" and ready.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if copied and ready.device.type == "cpu" and ready.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(ready.contiguous(), ROWS)
             return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
@@ -51,11 +57,12 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Product:
 def prepared(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """For a while, linear layers but the language head multiply by weights prepared in `dtype`; the weights themselves are not touched."""
     make_lean(model)
+    copies = dtype != torch.float32 or room_for_copies(model)
     changed: list[tuple[LeanLinear, Joined]] = []
     try:
         together: dict[Joined, Together] = {}
         for layer in model.modules():
-            if type(layer) is LeanLinear and (dtype != torch.float32 or _gains(layer.joined.layers)):
+            if type(layer) is LeanLinear and copies and (dtype != torch.float32 or _gains(layer.joined.layers)):
                 changed.append((layer, layer.joined))
                 if layer.joined not in together:
                     together[layer.joined] = Together(layer.joined.layers, dtype)
@@ -64,6 +71,19 @@ def prepared(model: Any, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for layer, joined in changed:
             layer.joined = joined
+
+
+def room_for_copies(model: nn.Module) -> bool:
+    """Whether all weights once more are a small part of the machine's memory.
+
+    Not of what is free now: how weights lie decides how sums are rounded, and a run that goes on must draw what it would have drawn.
+    """
+    return sum(p.nbytes for p in model.parameters()) <= _memory() // COPIED_PART
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory; 0 where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def _gains(layers: Sequence[nn.Linear]) -> bool:
