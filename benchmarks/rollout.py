@@ -105,7 +105,8 @@ import json, sys, time, resource
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 told = json.loads(sys.argv[1])
-llm = LLM(told["model"], dtype=told["dtype"], max_model_len=1024, seed=0)
+rows = {} if told["rows"] is None else {"max_num_seqs": told["rows"]}
+llm = LLM(told["model"], dtype=told["dtype"], max_model_len=1024, seed=0, **rows)
 seconds, drawn = [], []
 for seed in range(told["passes"]):
     params = SamplingParams(n=told["n"], temperature=1.0, max_tokens=told["tokens"], ignore_eos=not told["natural"],
@@ -125,6 +126,7 @@ def vllm(options: argparse.Namespace, work: Workload, prompts: Sequence[Sequence
     told = {
         "model": str(options.folder / "model"), "dtype": str(DTYPES[options.precision]).removeprefix("torch."), "prompts": prompts,
         "ends": list(ends), "passes": options.passes, "n": work.n, "tokens": work.tokens, "natural": work.natural,
+        "rows": options.vllm_rows,
     }  # fmt: skip
     done = subprocess.run([str(options.vllm), "-c", _VLLM, json.dumps(told)], capture_output=True, text=True)
     if done.returncode:
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--allocators", default="mimalloc,system", help="that every side but vLLM runs under, one after the other")
     parser.add_argument("--vllm", type=Path, help="a Python with vLLM in it; without it vLLM is left out")
+    parser.add_argument("--vllm-rows", type=int, help="responses at a time at most; vLLM's CPU build has died of 128")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--part", choices=[PREFTUNE, PLAIN], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ from benchmarks import grpo
 from preftune.models.policy import LanguageModel
 from preftune.models.save import save_model
 from preftune.packing.chat import ChatTokenizer
+from preftune.rollout.engine import Engine
 from tests import tiny
 
 PROMPTS = ("What is it?", "Who was there, and why?", "Say so.", "And then what happened to them all?")
@@ -45,11 +46,20 @@ def test_both_sides_read_the_same_prompts(options):
     assert ours["prompt_tokens"] == theirs["prompt_tokens"] and sum(ours["prompt_tokens"]) > 40
 
 
-def test_each_round_draws_its_own_responses(options):
+def test_each_round_draws_its_own_responses(options, monkeypatch):
     """A round that found the run of the one before would only read what that had drawn."""
-    first, second = grpo.ours(options), grpo.ours(options)
-    assert first["scores"] == second["scores"] and first["phases"] != second["phases"]
-    assert all(one["sampling"] != other["sampling"] for one, other in zip(first["phases"], second["phases"], strict=True))
+    drawn, whole = [0], Engine.generate
+
+    def spied(self, *args, **kwargs):
+        for sample in whole(self, *args, **kwargs):
+            drawn[-1] += 1
+            yield sample
+
+    monkeypatch.setattr(Engine, "generate", spied)
+    first = grpo.ours(options)
+    drawn.append(0)
+    second = grpo.ours(options)
+    assert drawn[0] == drawn[1] > 0 and first["scores"] == second["scores"]
 
 
 def test_no_response_of_trl_ends_early(options, monkeypatch):
