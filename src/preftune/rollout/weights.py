@@ -19,7 +19,7 @@ Product = Callable[[Tensor], Tensor]
 """[.., D] states to [.., V]."""
 
 COPIED_PART = 4
-"""Fp32 weights are copied where they take at most the so-manieth part of the machine's memory."""
+"""Fp32 weights are copied where all of them are at most one part in so many of the machine's memory."""
 ROWS = 128
 """Rows for which oneDNN chooses the layout; measured from 16 to 2048 rows, no other hint was faster."""
 
