@@ -19,8 +19,3 @@ def has(feature: str) -> bool:
 def has_pairs() -> bool:
     """Whether this CPU multiplies bf16 by pairs (AVX512-BF16)."""
     return has("avx512bf16")
-
-
-def multiplies_pairs() -> bool:
-    """Whether it does, and has no unit for whole tiles (AMX), which PyTorch would use for large products."""
-    return has_pairs() and not has("amx-bf16")

@@ -12,10 +12,11 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from preftune.kernels.cpu import has, multiplies_pairs
+from preftune.kernels import amx
+from preftune.kernels.cpu import has, has_pairs
 from preftune.kernels.launch import Kernel, given, my_share
 from preftune.kernels.pairs import across
-from preftune.kernels.tiles import FLOATS, LANES, PAIRS, at32i, memory, panel_product
+from preftune.kernels.tiles import FLOATS, LANES, PAIRS, at32i, memory, narrow_line, panel_product
 
 _WIDE = has("avx512f")
 _VECTORS = 2 if _WIDE else 1
@@ -30,26 +31,42 @@ _TALLEST = {PAIRS: 6, FLOATS: 12 if _WIDE else 6}
 def _multiply(half: bool) -> Any:
     size, get, put = memory(half)
     numbers = PAIRS if half else FLOATS
-    product = panel_product(_VECTORS, numbers, _TALLEST[numbers], not half)
+    by_vectors = panel_product(_VECTORS, numbers, _TALLEST[numbers], not half)
+    tiles = half and amx.compiled()
+
+    @njit(inline="always")
+    def product(told, a, b, c, m, k):
+        if tiles:
+            amx.product(told, a, b, c, m, k)
+        else:
+            by_vectors(a, b, c, m, k)
 
     @njit(inline="always")
     def multiply(address):
         ask = given(address)
         x, weights, bias, out, rows, inner, columns = ask[0], ask[1], ask[2], ask[3], ask[4], ask[5], ask[6]
         result = np.empty((_ROWS, PANEL), np.float32)
+        told = np.empty(8, np.int64)
+        if tiles:
+            amx.shape(told.ctypes.data, amx.ROWS, amx.ROWS)
         start, end = my_share(address, columns // PANEL)
         for top in range(0, rows, _ROWS):
             some = min(rows - top, _ROWS)
             for panel in range(start, end):
-                product(x + 4 * top * inner, weights + 4 * panel * PANEL * inner, result.ctypes.data, some, inner)
+                product(told.ctypes.data, x + 4 * top * inner, weights + 4 * panel * PANEL * inner, result.ctypes.data, some, inner)
                 if bias:
                     for i in range(some):
                         for c in range(PANEL):
                             result[i, c] += get(bias + size * panel * PANEL, c)
                 for i in range(some):
                     line = out + size * ((top + i) * columns + panel * PANEL)
-                    for c in range(PANEL):
-                        put(line, c, result[i, c])
+                    if tiles:
+                        narrow_line(result.ctypes.data + 4 * PANEL * i, line)
+                    else:
+                        for c in range(PANEL):
+                            put(line, c, result[i, c])
+        if tiles:
+            amx.release()
 
     return multiply
 
@@ -88,12 +105,19 @@ def takes(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.shape[0] % PANEL:
         return False
     if weight.dtype == torch.bfloat16:
-        return weight.shape[1] % 2 == 0 and multiplies_pairs()
+        if amx.compiled():
+            return weight.shape[1] % (2 * amx.ROWS) == 0 and amx.multiplies_tiles()
+        return weight.shape[1] % 2 == 0 and has_pairs()
     return weight.dtype == torch.float32 and has("fma")
 
 
 def lay_out(weight: Tensor) -> Tensor:
-    """A weight [V, D] as panels for `multiply`: [V / PANEL, D, PANEL], or [V / PANEL, D / 2, PANEL] pairs of bf16 as int32."""
+    """A weight [V, D] as panels for `multiply`: [V / PANEL, D, PANEL], or [V / PANEL, D / 2, PANEL] pairs of bf16 as int32.
+
+    Raises ValueError for one that is not taken.
+    """
+    if not takes(weight):
+        raise ValueError(f"a weight of {list(weight.shape)} {weight.dtype} is not multiplied by panels here")
     weight = weight.contiguous()
     columns, inner = len(weight), weight.nbytes // 4 // len(weight)
     made = weight.new_empty((columns // PANEL, inner, PANEL), dtype=torch.int32 if weight.dtype == torch.bfloat16 else torch.float32)

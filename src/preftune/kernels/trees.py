@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from preftune.kernels.cpu import multiplies_pairs
+from preftune.kernels.cpu import has_pairs
 from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.pairs import across, along, along_turned, by_pairs, down, former, latter, straight, straight_turned, up
 from preftune.kernels.tiles import (
@@ -308,7 +308,7 @@ Trees = Sequence[tuple[int, Sequence[int]]]
 
 def takes(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels can do it: in fp32, or bf16 on a CPU that multiplies it by pairs; a head's width a multiple of sixteen."""
-    known = q.dtype == v.dtype and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and multiplies_pairs()))
+    known = q.dtype == v.dtype and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and has_pairs()))
     return known and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.shape[-1] % LANES == 0
 
 
