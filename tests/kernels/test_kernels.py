@@ -315,7 +315,7 @@ def step(parts):
 
 
 found += step([x[:, c : c + 32].view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)])
-if t.has_pairs():
+if t.multiplies_pairs():
     parts = [x[:, c : c + 32].bfloat16().view(50, -1, 16).transpose(0, 1) for c in (0, 32, 64)]
     how = [(10, (20, 15)), (12, (1,))], 8, None, 0.25
     made, stats = t.forward(*parts, *how)
@@ -372,7 +372,7 @@ def test_functions_are_told_apart_by_their_names(tmp_path, monkeypatch):
 
 def find_trees():
     trees = kernels.find("trees")
-    return trees is not None and trees.has_pairs()
+    return trees is not None and trees.multiplies_pairs()
 
 
 def test_without_a_place_to_keep_code_it_is_compiled_for_the_run(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from preftune.packing.batch import Layout
 
 found = kernels.find("trees")
 pytestmark = pytest.mark.skipif(found is None, reason="no compiled kernels on this machine (numba)")
-pairs = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(found is None or not found.has_pairs(), reason="no AVX512-BF16"))
+pairs = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(found is None or not found.multiplies_pairs(), reason="no AVX512-BF16"))
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, pairs])
 NEAR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 """Half of a step of bf16."""

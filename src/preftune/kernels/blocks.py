@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from preftune.kernels.cpu import has_pairs
+from preftune.kernels.amx import multiplies_pairs, small_product
 from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.pairs import across, along
 from preftune.kernels.tiles import (
@@ -32,7 +32,6 @@ from preftune.kernels.tiles import (
     memory,
     paired,
     real,
-    small_product,
 )
 
 TOKENS = 64
@@ -249,7 +248,7 @@ _STORE = {torch.bfloat16: Kernel(_store_blocks16), torch.float32: Kernel(_store_
 
 def takes(v: Tensor) -> bool:
     """Whether keys and values like these [Hkv, .., d] may lie in blocks: on a CPU that multiplies their type, d a multiple of 16."""
-    known = v.dtype == torch.float32 or (v.dtype == torch.bfloat16 and has_pairs())
+    known = v.dtype == torch.float32 or (v.dtype == torch.bfloat16 and multiplies_pairs())
     return v.device.type == "cpu" and known and v.shape[-1] % LANES == 0
 
 

@@ -13,7 +13,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from preftune.kernels import amx
-from preftune.kernels.cpu import has, has_pairs
+from preftune.kernels.cpu import has
 from preftune.kernels.launch import Kernel, given, my_share
 from preftune.kernels.pairs import across
 from preftune.kernels.tiles import FLOATS, LANES, PAIRS, at32i, memory, narrow_line, panel_product
@@ -24,47 +24,49 @@ PANEL = LANES * _VECTORS
 """Columns made at a time: their weights stay in the core's cache from one block of rows to the next."""
 _ROWS = 192
 """Rows at a time: they stay there, too, from one panel to the next."""
+_AT_ONCE = 2**19
+"""Bytes of rows that stay there where they are multiplied by whole tiles, which read a panel's weights faster than the third level has them."""
 _TALLEST = {PAIRS: 6, FLOATS: 12 if _WIDE else 6}
 """Rows whose results are held in registers."""
 
 
 def _multiply(half: bool) -> Any:
     size, get, put = memory(half)
-    numbers = PAIRS if half else FLOATS
+    numbers, tiles = PAIRS if half else FLOATS, half and amx.compiled()
     by_vectors = panel_product(_VECTORS, numbers, _TALLEST[numbers], not half)
-    tiles = half and amx.compiled()
-
-    @njit(inline="always")
-    def product(told, a, b, c, m, k):
-        if tiles:
-            amx.product(told, a, b, c, m, k)
-        else:
-            by_vectors(a, b, c, m, k)
+    block = 2 * amx.ROWS if tiles else _ROWS
 
     @njit(inline="always")
     def multiply(address):
         ask = given(address)
         x, weights, bias, out, rows, inner, columns = ask[0], ask[1], ask[2], ask[3], ask[4], ask[5], ask[6]
-        result = np.empty((_ROWS, PANEL), np.float32)
-        told = np.empty(8, np.int64)
-        if tiles:
-            amx.shape(told.ctypes.data, amx.ROWS, amx.ROWS)
+        result = np.empty((block, PANEL), np.float32)
         start, end = my_share(address, columns // PANEL)
-        for top in range(0, rows, _ROWS):
-            some = min(rows - top, _ROWS)
+        together = max(_AT_ONCE // (4 * inner * block), 1) * block if tiles else _ROWS
+        for first in range(0, rows, together):
+            last = min(first + together, rows)
+            lines = block * block // (last - first + block - 1) + 1
             for panel in range(start, end):
-                product(told.ctypes.data, x + 4 * top * inner, weights + 4 * panel * PANEL * inner, result.ctypes.data, some, inner)
-                if bias:
-                    for i in range(some):
-                        for c in range(PANEL):
-                            result[i, c] += get(bias + size * panel * PANEL, c)
-                for i in range(some):
-                    line = out + size * ((top + i) * columns + panel * PANEL)
+                weight = weights + 4 * panel * PANEL * inner
+                ahead = weight + 4 * PANEL * inner
+                for top in range(first, last, block):
+                    some = min(last - top, block)
                     if tiles:
-                        narrow_line(result.ctypes.data + 4 * PANEL * i, line)
+                        amx.panel_product(x + 4 * top * inner, weight, result.ctypes.data, some, inner, ahead, lines)
+                        ahead += 4 * lines * inner
                     else:
-                        for c in range(PANEL):
-                            put(line, c, result[i, c])
+                        by_vectors(x + 4 * top * inner, weight, result.ctypes.data, some, inner)
+                    if bias:
+                        for i in range(some):
+                            for c in range(PANEL):
+                                result[i, c] += get(bias + size * panel * PANEL, c)
+                    for i in range(some):
+                        line = out + size * ((top + i) * columns + panel * PANEL)
+                        if tiles:
+                            narrow_line(result.ctypes.data + 4 * PANEL * i, line)
+                        else:
+                            for c in range(PANEL):
+                                put(line, c, result[i, c])
         if tiles:
             amx.release()
 
@@ -105,9 +107,7 @@ def takes(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.shape[0] % PANEL:
         return False
     if weight.dtype == torch.bfloat16:
-        if amx.compiled():
-            return weight.shape[1] % (2 * amx.ROWS) == 0 and amx.multiplies_tiles()
-        return weight.shape[1] % 2 == 0 and has_pairs()
+        return weight.shape[1] % (2 * amx.ROWS if amx.compiled() else 2) == 0 and amx.multiplies_pairs()
     return weight.dtype == torch.float32 and has("fma")
 
 

@@ -304,17 +304,17 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False
     return tile
 
 
-def _named(name: str) -> Any:
+def named(name: str) -> Any:
     """Compile a function under a name of its own.
 
     Compiled functions are linked by name, also those that were compiled elsewhere and kept: of two by one name, one would run for both.
     """
 
-    def named(function: Any) -> Any:
+    def apply(function: Any) -> Any:
         function.__name__ = function.__qualname__ = name
         return njit(function)
 
-    return named
+    return apply
 
 
 def small_product(numbers: str, fresh: bool) -> Any:
@@ -327,7 +327,7 @@ def small_product(numbers: str, fresh: bool) -> Any:
     def columns(vectors: int) -> Any:
         six, three, one = (_tile(rows, vectors, numbers, fresh) for rows in (6, 3, 1))
 
-        @_named(f"{called}_{vectors}")
+        @named(f"{called}_{vectors}")
         def walk(a, a_row, b, b_row, c, c_row, m, k):
             while m > 0:
                 if m >= 6:
@@ -348,7 +348,7 @@ def small_product(numbers: str, fresh: bool) -> Any:
     roomy = has("avx512f")  # else a register holds half a vector, and there are half as many
     wide, middle, slim = columns(4), columns(2), columns(1)
 
-    @_named(called)
+    @named(called)
     def product(a, a_row, b, b_row, c, c_row, m, k, n):
         while n > 0:
             if roomy and n > 48:
@@ -377,7 +377,7 @@ def panel_product(vectors: int, numbers: str, tallest: int, asks: bool = False) 
     def with_tile(rows: int, rest: Any) -> Any:
         tile = _tile(rows, vectors, numbers, True, asks)
 
-        @_named(f"panel_product_{numbers}_{vectors}_{rows}")
+        @named(f"panel_product_{numbers}_{vectors}_{rows}")
         def walk(a, b, c, m, k, ahead, step):
             while m >= rows:
                 tile(a, k, b, n, c, n, k, ahead, step)
@@ -393,7 +393,7 @@ def panel_product(vectors: int, numbers: str, tallest: int, asks: bool = False) 
     for rows in range(1, tallest + 1):
         product = with_tile(rows, product)
 
-    @_named(f"panel_product_{numbers}_{vectors}")
+    @named(f"panel_product_{numbers}_{vectors}")
     def whole(a, b, c, m, k):
         tiles = (m + tallest - 1) // tallest
         product(a, b, c, m, k, b + 4 * n * k, 4 * n // tiles)

@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from preftune.kernels.cpu import has_pairs
+from preftune.kernels.amx import multiplies_pairs, small_product
 from preftune.kernels.launch import Kernel, bits, given, next_part
 from preftune.kernels.pairs import across, along, along_turned, by_pairs, down, former, latter, straight, straight_turned, up
 from preftune.kernels.tiles import (
@@ -30,7 +30,6 @@ from preftune.kernels.tiles import (
     highest,
     memory,
     real,
-    small_product,
 )
 
 _BLOCK = 48
@@ -308,7 +307,7 @@ Trees = Sequence[tuple[int, Sequence[int]]]
 
 def takes(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels can do it: in fp32, or bf16 on a CPU that multiplies it by pairs; a head's width a multiple of sixteen."""
-    known = q.dtype == v.dtype and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and has_pairs()))
+    known = q.dtype == v.dtype and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and multiplies_pairs()))
     return known and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.shape[-1] % LANES == 0
 
 
