@@ -6,7 +6,6 @@ What is laid out by pairs for vectors is what the unit reads as its right side; 
 from __future__ import annotations
 
 import ctypes
-import functools
 import platform
 from typing import Any
 
@@ -34,14 +33,18 @@ def compiled() -> bool:
     return has("amx-bf16") and has_pairs()
 
 
-@functools.cache
-def multiplies_pairs() -> bool:
-    """Whether the CPU multiplies bf16 by pairs and, where that is compiled for the unit, the system lets this process use it."""
-    if not compiled():
-        return has_pairs()
+def _permitted() -> bool:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
     return ctypes.CDLL(None, use_errno=True).syscall(_SYSTEM_CALL, _ASK, _TILES) == 0
+
+
+_PERMITTED = compiled() and _permitted()
+
+
+def multiplies_pairs() -> bool:
+    """Whether the CPU multiplies bf16 by pairs and, where that is compiled for the unit, the system lets this process use it."""
+    return _PERMITTED if compiled() else has_pairs()
 
 
 def _call(builder: Any, name: str, kinds: Any, values: Any) -> None:

@@ -25,7 +25,7 @@ PANEL = LANES * _VECTORS
 _ROWS = 192
 """Rows at a time: they stay there, too, from one panel to the next."""
 _AT_ONCE = 2**19
-"""Bytes of rows that stay there where they are multiplied by whole tiles, which read a panel's weights faster than the third level has them."""
+"""Bytes of rows that stay there where whole tiles multiply, faster than a panel comes from the third level."""
 _TALLEST = {PAIRS: 6, FLOATS: 12 if _WIDE else 6}
 """Rows whose results are held in registers."""
 
