@@ -91,3 +91,18 @@ def test_pytorchs_own_products_between_them_stay_as_they_are():
     for rows in (1, 17, 32, 40):
         assert torch.equal(times(x[:rows]), own[:rows])
         assert torch.equal(large @ large.T, alone)
+
+
+def test_where_the_system_keeps_whole_tiles_to_itself_bf16_is_left_to_pytorch(monkeypatch):
+    """Compiled code for them would end the process."""
+    monkeypatch.setattr(found.amx, "compiled", lambda: True)
+    monkeypatch.setattr(found.amx, "_PERMITTED", False)
+    weight = drawn(96, 64, seed=1, dtype=torch.bfloat16)
+    states = drawn(2, 40, 32, seed=2, dtype=torch.bfloat16)
+    assert not found.takes(weight) and not kernels.find("blocks").takes(states)
+    assert not kernels.find("trees").takes(states, states)
+    with pytest.raises(ValueError, match="not multiplied by panels"):
+        found.lay_out(weight)
+    x = drawn(5, 64, seed=0, dtype=torch.bfloat16)
+    torch.testing.assert_close(product(weight)(x).double(), x.double() @ weight.double().T, rtol=2**-7, atol=1e-2)
+    assert found.takes(weight.float()) and kernels.find("blocks").takes(states.float())
