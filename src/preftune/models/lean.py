@@ -118,6 +118,15 @@ def _times_back(grads: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return d_rows
 
 
+def pulled(grads: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient [V, D] of a weight in its `dtype`: grads.T @ rows of [T, V] gradients of its products and the [T, D] rows it multiplied."""
+    kernels = find("turned")
+    if kernels is not None and kernels.takes(grads, rows):
+        found: Tensor = kernels.pulled(grads, rows)
+        return found.to(dtype)
+    return (grads.T @ rows).to(dtype)
+
+
 def compute_type(x: Tensor) -> torch.dtype:
     """The type of a product of `x` by the rules of autocast."""
     kind = x.device.type
@@ -150,11 +159,11 @@ class _Products(torch.autograd.Function):
         d_x = _times_back(whole, weights).to(dtype).view(shape) if need_x else None
         found: list[Tensor | None] = [None] * len(needed)
         if all(needed[: len(parts)]):
-            pulled = (whole.T @ rows).to(ctx.types[0]).split([grad.shape[1] for grad in parts])
-            found[: len(parts)] = [one.to(kind) for one, kind in zip(pulled, ctx.types, strict=False)]
+            of_all = pulled(whole, rows, ctx.types[0]).split([grad.shape[1] for grad in parts])
+            found[: len(parts)] = [one.to(kind) for one, kind in zip(of_all, ctx.types, strict=False)]
         for i, grad in enumerate(parts):
             if needed[i] and found[i] is None:
-                found[i] = (grad.T @ rows).to(ctx.types[i])
+                found[i] = pulled(grad, rows, ctx.types[i])
             if needed[len(parts) + i]:
                 found[len(parts) + i] = grad.sum(0, dtype=ctx.types[len(parts) + i])
         return d_x, None, None, *found
@@ -221,9 +230,9 @@ class _Feed(torch.autograd.Function):
         grad = flat(grad, rows.dtype)
         need_x, _, _, *needed = ctx.needs_input_grad
         inner, d_both = _gated_back(ctx.act, g, u, grad @ down.to(grad.dtype))
-        of_both: Tensor | tuple[None, None] = (d_both.T @ rows).to(gate.dtype) if any(needed[:2]) else (None, None)
+        of_both: Tensor | tuple[None, None] = pulled(d_both, rows, gate.dtype) if any(needed[:2]) else (None, None)
         d_gate, d_up = of_both.chunk(2) if isinstance(of_both, Tensor) else of_both
-        d_down = (grad.T @ inner).to(down.dtype) if needed[2] else None
+        d_down = pulled(grad, inner, down.dtype) if needed[2] else None
         shape, dtype = ctx.like
         d_x = _times_back(d_both, (gate, up)).to(dtype).view(shape) if need_x else None
         return d_x, None, None, d_gate if needed[0] else None, d_up if needed[1] else None, d_down

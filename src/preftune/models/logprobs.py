@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from preftune.kernels import find
+from preftune.models.lean import pulled
 
 CHUNK_BYTES = 128 * 2**20
 """Logits in flight at once, in fp32."""
@@ -87,7 +88,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = (d @ w).to(d_hidden.dtype)
             if need_weight and d_weight is None:
-                d_weight = (d.T @ h).to(precise)
+                d_weight = pulled(d, h, precise)
             elif d_weight is not None and compute == precise:
                 d_weight.addmm_(d.T, h)
             elif d_weight is not None:
