@@ -225,8 +225,8 @@ def narrow_line(typing: Any, address: Any, to: Any) -> Any:
     """Write 32 floats as bf16; by AVX512-BF16, which writes 0 for numbers below 2^-126."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        place = lambda at: builder.inttoptr(builder.add(args[0], ir.Constant(_I64, at)), _FLOATS.as_pointer())
-        low, high = (builder.load(place(at), align=4) for at in (0, 4 * LANES))
+        places = (builder.add(args[0], ir.Constant(_I64, at)) for at in (0, 4 * LANES))
+        low, high = (builder.load(builder.inttoptr(at, _FLOATS.as_pointer()), align=4) for at in places)
         kind, name = ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS]), "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
         found = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [high, low])
         builder.store(found, builder.inttoptr(args[1], _PAIRS.as_pointer()), align=2)
@@ -265,10 +265,9 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         add = lambda left, right, sum: builder.call(function, [sum, left, right] if numbers == PAIRS else [left, right, sum])
         one_of, all_of = (_I32, _INTS) if numbers == PAIRS else (_F32, _FLOATS)
-        cells = [(i, w) for i in range(rows) for w in range(vectors)]
-        kept = {cell: cgutils.alloca_once(builder, _FLOATS) for cell in cells}
-        home = {(i, w): place(builder, c, builder.add(builder.mul(c_row, number(i)), number(LANES * w)), _FLOATS, 4) for i, w in cells}
-        for cell in cells:
+        kept = {(i, w): cgutils.alloca_once(builder, _FLOATS) for i in range(rows) for w in range(vectors)}
+        home = {(i, w): place(builder, c, builder.add(builder.mul(c_row, number(i)), number(LANES * w)), _FLOATS, 4) for i, w in kept}
+        for cell in kept:
             builder.store(ir.Constant(_FLOATS, [0.0] * LANES) if fresh else builder.load(home[cell], align=4), kept[cell])
         with cgutils.for_range(builder, k) as loop:
             if asks:
@@ -293,7 +292,7 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False
                 left = builder.bitcast(left, _PAIRS) if numbers == PAIRS else left
                 for w in range(vectors):
                     builder.store(add(left, right[w], builder.load(kept[i, w])), kept[i, w])
-        for cell in cells:
+        for cell in kept:
             builder.store(builder.load(kept[cell]), home[cell], align=4)
         return context.get_dummy_value()
 
