@@ -147,8 +147,31 @@ def panel_product(a, b, c, m, k, ahead, lines):
 
 # --- small products: four sums side by side, the left side in 4 and its end in 5, the right in 6 and its end in 7 --------------------
 
-_whole0, _whole1, _whole2, _whole3 = (_on_tiles("tdpbf16ps", n, 4, 6) for n in range(4))
-_end0, _end1, _end2, _end3 = (_on_tiles("tdpbf16ps", n, 5, 7) for n in range(4))
+
+def _step_of(left: int, right: int) -> Any:
+    """Add to the sums the product of a tile of the left side, read to tile `left`, and up to four of the right, read to `right`."""
+    load_left, load_right = _with_memory("tileloadd64", left), _with_memory("tileloadd64", right)
+    add0, add1, add2, add3 = (_on_tiles("tdpbf16ps", n, left, right) for n in range(4))
+
+    @njit(inline="always")
+    def step(a, a_row, b, b_row, n):
+        load_left(a, a_row)
+        load_right(b, b_row)
+        add0()
+        if n > LANES:
+            load_right(b + 4 * LANES, b_row)
+            add1()
+        if n > 2 * LANES:
+            load_right(b + 8 * LANES, b_row)
+            add2()
+        if n > 3 * LANES:
+            load_right(b + 12 * LANES, b_row)
+            add3()
+
+    return step
+
+
+_whole, _end = _step_of(4, 6), _step_of(5, 7)
 
 
 def _columns(fresh: bool) -> Any:
@@ -167,35 +190,11 @@ def _columns(fresh: bool) -> Any:
                 _load2(c + 8 * LANES, c_row)
             if n > 3 * LANES:
                 _load3(c + 12 * LANES, c_row)
-        for at in range(0, k - ROWS + 1, ROWS):
-            right = b + b_row * at
-            _load4(a + 4 * at, a_row)
-            _load6(right, b_row)
-            _whole0()
-            if n > LANES:
-                _load6(right + 4 * LANES, b_row)
-                _whole1()
-            if n > 2 * LANES:
-                _load6(right + 8 * LANES, b_row)
-                _whole2()
-            if n > 3 * LANES:
-                _load6(right + 12 * LANES, b_row)
-                _whole3()
-        if k % ROWS:
-            at = k // ROWS * ROWS
-            right = b + b_row * at
-            _load5(a + 4 * at, a_row)
-            _load7(right, b_row)
-            _end0()
-            if n > LANES:
-                _load7(right + 4 * LANES, b_row)
-                _end1()
-            if n > 2 * LANES:
-                _load7(right + 8 * LANES, b_row)
-                _end2()
-            if n > 3 * LANES:
-                _load7(right + 12 * LANES, b_row)
-                _end3()
+        whole = k // ROWS * ROWS
+        for at in range(0, whole, ROWS):
+            _whole(a + 4 * at, a_row, b + b_row * at, b_row, n)
+        if k > whole:
+            _end(a + 4 * whole, a_row, b + b_row * whole, b_row, n)
         _store0(c, c_row)
         if n > LANES:
             _store1(c + 4 * LANES, c_row)
