@@ -28,9 +28,12 @@ RULE = "def rule(example, response):\n    return sum(c in 'aeiou' for c in respo
 PROMPTS = 9
 
 
-def place(folder: Path, ends: float = 1.7) -> Path:
-    """A folder with a model, prompts of several lengths and a rule; the larger `ends`, the sooner responses end by themselves."""
-    model = tiny.model(scale=2.0)
+def place(folder: Path, ends: float = 1.7, **shape: int) -> Path:
+    """A folder with a model, prompts of several lengths and a rule; the larger `ends`, the sooner responses end by themselves.
+
+    `shape` changes the model's config.
+    """
+    model = tiny.model(scale=2.0, **shape)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 0.05  # what all states have in common,
         model.get_output_embeddings().weight[2] = 0.0

@@ -1,4 +1,4 @@
-"""Kill runs at random moments and compare every byte with an uninterrupted one: `python -m tests.training.soak [SEED]`.
+"""Kill runs at random moments and compare every byte with an uninterrupted one: `python -m tests.training.soak [SEED [PRECISION]]`.
 
 For each method twenty SIGKILLs: one half after a random time, the other half at a random failpoint, so that steps, evaluations, checkpoint
 writes, metrics and the final save are all hit; of online methods sampling and judging too. A table says where each life ended.
@@ -20,6 +20,8 @@ from tests.online import small
 from tests.training import runs
 
 KILLS = 20
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+"""What the kernels for attention and products take, so that they are part of it."""
 WORDS = ("data.limit=200", "epochs=4", "save_every=1", "eval_every=5", "best_metric=loss")
 CASES = {
     "sft": (),
@@ -68,19 +70,19 @@ def killed_once(words: list[str], log: Path, chance: random.Random, names: Count
     return (runs.passed(trace) or ["none"])[-1]
 
 
-def command(name: str, root: Path, output: Path) -> list[str]:
+def command(name: str, root: Path, output: Path, precision: str) -> list[str]:
     """The words of a case's run."""
     if name in ONLINE:
-        return small.words(root, output, name, *ONLINE[name], *SELDOM)
-    return runs.command(name.split(",")[0], root / "offline", output, *WORDS, *CASES[name])
+        return small.words(root, output, name, *ONLINE[name], *SELDOM, f"precision={precision}")
+    return runs.command(name.split(",")[0], root / "offline", output, *WORDS, *CASES[name], f"precision={precision}")
 
 
-def soak(name: str, root: Path, folder: Path, chance: random.Random) -> bool:
+def soak(name: str, root: Path, folder: Path, chance: random.Random, precision: str) -> bool:
     """One case: an uninterrupted run, and one killed twenty times. True when they are the same."""
     log, trace = folder / "log", folder / "names"
-    assert runs.run(command(name, root, folder / "whole"), log, trace) == 0, log.read_text()
+    assert runs.run(command(name, root, folder / "whole", precision), log, trace) == 0, log.read_text()
     names = Counter(name for name in runs.passed(trace) if not name.startswith("final"))
-    words = command(name, root, folder / "run")
+    words = command(name, root, folder / "run", precision)
     ends: Counter[str] = Counter()
     while ends.total() < KILLS - 1:
         place = killed_once(words, log, chance, names)
@@ -108,15 +110,19 @@ def main() -> int:
     """Print the table; 1 when a case ended with other bytes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-    print(f"seed {seed}\n| run | steps | kills | where | against the uninterrupted run |\n| --- | --- | --- | --- | --- |", flush=True)
+    precision = sys.argv[2] if len(sys.argv) > 2 else "fp32"
+    print(
+        f"seed {seed}, {precision}\n| run | steps | kills | where | against the uninterrupted run |\n| --- | --- | --- | --- | --- |",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as root:
-        tiny.save(Path(root) / "offline")
-        small.place(Path(root))
+        tiny.save(Path(root) / "offline", **SHAPE)
+        small.place(Path(root), **SHAPE)
         good = True
         for number, name in enumerate((*CASES, *ONLINE)):
             folder = Path(root) / str(number)
             folder.mkdir()
-            good &= soak(name, Path(root), folder, random.Random(seed * 100 + number))
+            good &= soak(name, Path(root), folder, random.Random(seed * 100 + number), precision)
     return 0 if good else 1
 
 
