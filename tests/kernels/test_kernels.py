@@ -442,3 +442,15 @@ def test_parts_and_rows_are_each_taken_once_by_several_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(parts, torch.full_like(parts, 20)) and torch.equal(rows, parts)
+
+
+def test_kernels_use_the_widest_vectors_of_the_cpu():
+    import numba
+
+    from preftune.kernels import launch, pointwise
+    from preftune.kernels.cpu import has
+
+    if not has("avx512f"):
+        pytest.skip("a CPU without vectors of sixteen floats")
+    code = numba.cfunc(launch._SIGNATURE, **launch._OPTIONS)(pointwise._gated32)._library.get_asm_str()
+    assert "zmm" in code  # LLVM's own choice on many of these CPUs is half of that
