@@ -72,7 +72,8 @@ def given(context: Any, address: Any) -> Any:
     """
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        set.update(builder.function.attributes, ('"prefer-vector-width"="512"', "noinline"))  # llvmlite would not know the first
+        # not by `add`, which knows no attribute with a value; and not inlined, since what would take the kernel in has another one
+        set.update(builder.function.attributes, ('"prefer-vector-width"="512"', "noinline"))
         return builder.inttoptr(builder.add(args[0], ir.Constant(_INTEGER, 8 * TOLD)), _INTEGER.as_pointer())
 
     return types.CPointer(types.int64)(types.int64), generate
