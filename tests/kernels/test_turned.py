@@ -47,6 +47,6 @@ def test_gradients_of_a_weight_are_the_plain_product(wide, narrow, monkeypatch):
 def test_what_it_does_not_take(monkeypatch):
     monkeypatch.setattr(found, "compiled", lambda: True)
     x = drawn(8, 8)
-    assert found.takes(x, x) and not found.takes(x, x.float()) and not found.takes(x, x.T)
+    assert found.takes_pairs(x, x) and not found.takes_pairs(x, x.float()) and not found.takes_pairs(x, x.T)
     monkeypatch.setattr(found, "compiled", lambda: False)
-    assert not found.takes(x, x)
+    assert not found.takes_pairs(x, x)

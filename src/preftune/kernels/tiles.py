@@ -245,11 +245,11 @@ FLOATS, HALVES, PAIRS = "floats", "halves", "pairs"
 """What a product reads of its right side: floats, bf16, or, of both sides, two bf16 that follow each other along k in one int32."""
 
 
-def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False) -> Any:
+def tile_of(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False, a_step: int = 1) -> Any:
     """Product of a few rows: c [rows, 16 * vectors] (+)= a [rows, k] @ b [k, 16 * vectors], all of c in registers.
 
-    Arguments are addresses and row lengths in numbers (or pairs of them); `fresh` starts from zero. One that `asks` does so, at each of k,
-    for `step` bytes of what will be read next, from `ahead` on.
+    Arguments are addresses and row lengths in numbers (or pairs of them), those of a row of a `a_step` apart; `fresh` starts from zero.
+    One that `asks` does so, at each of k, for `step` bytes of what will be read next, from `ahead` on.
     """
 
     def place(builder: Any, base: Any, offset: Any, kind: Any, size: int) -> Any:
@@ -270,10 +270,9 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False
         for cell in kept:
             builder.store(ir.Constant(_FLOATS, [0.0] * LANES) if fresh else builder.load(home[cell], align=4), kept[cell])
         with cgutils.for_range(builder, k) as loop:
-            if asks:
-                line = builder.add(ahead, builder.mul(step, loop.index))
-                for w in range(vectors):
-                    _ask(builder, builder.add(line, number(4 * LANES * w)))
+            next_line = builder.add(ahead, builder.mul(step, loop.index))
+            for w in range(vectors if asks else 0):
+                _ask(builder, builder.add(next_line, number(4 * LANES * w)))
             right = []
             for w in range(vectors):
                 offset = builder.add(builder.mul(b_row, loop.index), number(LANES * w))
@@ -285,7 +284,8 @@ def _tile(rows: int, vectors: int, numbers: str, fresh: bool, asks: bool = False
                 else:
                     right.append(builder.load(place(builder, b, offset, _FLOATS, 4), align=4))
             for i in range(rows):
-                one = builder.load(place(builder, a, builder.add(builder.mul(a_row, number(i)), loop.index), one_of, 4), align=4)
+                along = builder.mul(loop.index, number(a_step))
+                one = builder.load(place(builder, a, builder.add(builder.mul(a_row, number(i)), along), one_of, 4), align=4)
                 nothing = ir.Constant(all_of, ir.Undefined)
                 left = builder.insert_element(nothing, one, ir.Constant(_I32, 0))
                 left = builder.shuffle_vector(left, nothing, ir.Constant(_INTS, [0] * LANES))
@@ -324,7 +324,7 @@ def small_product(numbers: str, fresh: bool) -> Any:
     size, called = 2 if numbers == HALVES else 4, f"product_{'fresh' if fresh else 'further'}_{numbers}"
 
     def columns(vectors: int) -> Any:
-        six, three, one = (_tile(rows, vectors, numbers, fresh) for rows in (6, 3, 1))
+        six, three, one = (tile_of(rows, vectors, numbers, fresh) for rows in (6, 3, 1))
 
         @named(f"{called}_{vectors}")
         def walk(a, a_row, b, b_row, c, c_row, m, k):
@@ -374,7 +374,7 @@ def panel_product(vectors: int, numbers: str, tallest: int, asks: bool = False) 
     n, product = LANES * vectors, cast(Any, None)
 
     def with_tile(rows: int, rest: Any) -> Any:
-        tile = _tile(rows, vectors, numbers, True, asks)
+        tile = tile_of(rows, vectors, numbers, True, asks)
 
         @named(f"panel_product_{numbers}_{vectors}_{rows}")
         def walk(a, b, c, m, k, ahead, step):

@@ -53,7 +53,7 @@ def _turned32(address: int) -> None:
 _HALVES, _FLOATS = Kernel(_turned16), Kernel(_turned32)
 
 
-def takes(grads: Tensor, rows: Tensor) -> bool:
+def takes_pairs(grads: Tensor, rows: Tensor) -> bool:
     """Whether `pulled` is faster than PyTorch's product: in bf16 on a CPU with AMX, where PyTorch turns the left side over slowly."""
     return compiled() and all(x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.stride(1) == 1 for x in (grads, rows))
 

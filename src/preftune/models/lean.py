@@ -103,13 +103,20 @@ def _as_one(weights: Sequence[Tensor]) -> Tensor:
 
 def _times(rows: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """rows @ weight.T for each [V_i, D] weight, in the type of `rows`."""
+    sizes = [len(w) for w in weights]
+    if (kernels := _kernels(rows, weights)) is not None:
+        whole: Tensor = kernels.times(rows, weights)
+        return whole.split(sizes, 1)
     ready = _cast(weights, rows.dtype)
     made = tuple(rows @ w.T for w in ready)
-    return made if len(made) == len(weights) else made[0].split([len(w) for w in weights], 1)
+    return made if len(made) == len(weights) else made[0].split(sizes, 1)
 
 
 def _times_back(grads: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Gradient of the rows, from those of their products with `weights`, side by side."""
+    if (kernels := _kernels(grads, weights)) is not None:
+        found: Tensor = kernels.times_back(grads, weights)
+        return found
     ready = _cast(weights, grads.dtype)
     d_rows: Tensor | None = None
     for grad, weight in zip(grads.split([len(w) for w in ready], 1), ready, strict=True):
@@ -118,12 +125,18 @@ def _times_back(grads: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return d_rows
 
 
+def _kernels(rows: Tensor, weights: Sequence[Tensor]) -> Any:
+    """The kernels, where they multiply such rows with these weights."""
+    kernels = find("linear") if rows.dtype == torch.bfloat16 else None
+    return kernels if kernels is not None and kernels.takes(rows, weights) else None
+
+
 def pulled(grads: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient [V, D] of a weight in its `dtype`: grads.T @ rows of [T, V] gradients of its products and the [T, D] rows it multiplied."""
-    kernels = find("turned")
-    if kernels is not None and kernels.takes(grads, rows):
-        found: Tensor = kernels.pulled(grads, rows)
-        return found.to(dtype)
+    for kernels in (find("turned"), find("linear")):
+        if kernels is not None and kernels.takes_pairs(grads, rows):
+            found: Tensor = kernels.pulled(grads, rows)
+            return found.to(dtype)
     return (grads.T @ rows).to(dtype)
 
 
@@ -222,14 +235,14 @@ class _Feed(torch.autograd.Function):
         g, u = _times(rows, (gate, up))
         ctx.save_for_backward(rows, g, u, gate, up, down)
         ctx.act, ctx.like = act, (x.shape, x.dtype)
-        return (_gated(act, g, u) @ down.to(compute).T).view(x.shape)
+        return _times(_gated(act, g, u), (down,))[0].view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, g, u, gate, up, down = ctx.saved_tensors
         grad = flat(grad, rows.dtype)
         need_x, _, _, *needed = ctx.needs_input_grad
-        inner, d_both = _gated_back(ctx.act, g, u, grad @ down.to(grad.dtype))
+        inner, d_both = _gated_back(ctx.act, g, u, _times_back(grad, (down,)))
         of_both: Tensor | tuple[None, None] = pulled(d_both, rows, gate.dtype) if any(needed[:2]) else (None, None)
         d_gate, d_up = of_both.chunk(2) if isinstance(of_both, Tensor) else of_both
         d_down = pulled(grad, inner, down.dtype) if needed[2] else None
