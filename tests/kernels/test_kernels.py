@@ -289,7 +289,7 @@ def test_what_older_versions_compiled_is_removed_in_the_end(tmp_path, monkeypatc
 SAME_BYTES = """
 import hashlib, torch
 from preftune.kernels import find
-p, b, m, t, l = (find(name) for name in ("pointwise", "blocks", "products", "trees", "logprobs"))
+p, b, m, t, l, n = (find(name) for name in ("pointwise", "blocks", "products", "trees", "logprobs", "linear"))
 torch.set_num_threads(1)
 x, u = (torch.randn(50, 96, generator=torch.Generator().manual_seed(n)) * 3 for n in (0, 1))
 mask = torch.zeros(20, 20).masked_fill_(torch.ones(20, 20).triu(1).bool(), -1e30)
@@ -322,57 +322,40 @@ if t.multiplies_pairs():
     found += [made.float(), stats, *(g.float() for g in t.backward(*parts, parts[1], stats, *how))]
     halves = x.bfloat16()
     found += [*step(parts), m.multiply(halves, m.lay_out(halves[:32].contiguous())).float()]
+    for weight in (x[:32].contiguous(), halves[:32].contiguous()):
+        found += [n.times(halves, [weight]).float(), n.times_back(halves[:, :32].contiguous(), [weight]).float()]
+    found.append(n.pulled(halves, halves))
 print([hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x in found])
 """
 
 
-def test_code_as_compiled_and_code_as_kept_give_the_same_bytes(tmp_path, monkeypatch):
+ONE_NUMBER = "import itertools; from numba.core.bytecode import FunctionIdentity as F; F._unique_ids = itertools.repeat(7)\n"
+
+
+def outcome(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, timeout=240, capture_output=True, text=True, env={**os.environ, **environment}).stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where code is kept that was compiled with one number for all functions, and what it did as it was compiled."""
+    folder = str(tmp_path_factory.mktemp("kept"))
+    return folder, outcome(ONE_NUMBER + SAME_BYTES, PREFTUNE_CACHE=folder)
+
+
+def test_code_as_compiled_and_code_as_kept_give_the_same_bytes(compiled):
     """Else a run that is killed in its first minute would not go on as it began."""
-    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
-    run = lambda: subprocess.run([sys.executable, "-c", SAME_BYTES], check=True, timeout=120, capture_output=True, text=True).stdout
-    assert run() == run()
+    folder, found = compiled
+    assert outcome(SAME_BYTES, PREFTUNE_CACHE=folder) == found
 
 
-SOME_KERNELS = """
-import hashlib, sys, torch
-from preftune.kernels import find
-x = lambda h: torch.randn(h, 90, 32, generator=torch.Generator().manual_seed(h))
-for name in sys.argv[1]:
-    if name == "b":
-        blocks, one = find("blocks"), lambda *n: torch.tensor(n)
-        memory = torch.zeros(2, blocks.size(1, 32, torch.float32), dtype=torch.int32)
-        where = one(*(row.data_ptr() for row in memory))
-        blocks.store(x(1), x(1), where, one(0, 0, 50).view(1, 3))
-        q, kv = (x(n)[:, :1].transpose(0, 1) for n in (2, 1))
-        told = one(0, 0, 1), one(0), one(50), one(0), one(0).view(1, 1), one(1).view(1, 1)
-        made = blocks.step(q, kv, kv, None, where, told, (1, 1, 1, 1, 128), None, 0.25)
-    elif name == "p":
-        products = find("products")
-        made = products.multiply(x(1)[0], products.lay_out(x(1)[0, :64].contiguous()))
-    else:
-        made, _ = find("trees").forward(*(x(n).bfloat16() for n in (4, 2, 2)), [(40, (30, 20))], 0, None, 0.25)
-    print(hashlib.sha256(made.float().contiguous().numpy().tobytes()).hexdigest())
-"""
-
-
-def test_functions_are_told_apart_by_their_names(tmp_path, monkeypatch):
+def test_functions_are_told_apart_by_their_names(compiled):
     """Compiled functions are linked by name, with a number that counts from one in each process; code that was kept brings its numbers.
 
     Of two different functions by one name and number, one would run for both: so the names alone must do.
     """
-    names = "tbp" if find_trees() else "bp"
-    same = "import itertools; from numba.core.bytecode import FunctionIdentity as F; F._unique_ids = itertools.repeat(7)\n"
-    found = []
-    for start in ("", same):
-        monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / str(len(start))))
-        command = [sys.executable, "-c", start + SOME_KERNELS, names]
-        found.append(subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout.split())
-    assert len(set(found[0])) == len(names) and found[0] == found[1]
-
-
-def find_trees():
-    trees = kernels.find("trees")
-    return trees is not None and trees.multiplies_pairs()
+    assert outcome(SAME_BYTES) == compiled[1]
 
 
 def test_without_a_place_to_keep_code_it_is_compiled_for_the_run(tmp_path, monkeypatch):
