@@ -166,7 +166,7 @@ def _folder() -> str:
     key = hashlib.sha256(b"\0".join([versions, *(source.read_bytes() for source in sources)])).hexdigest()[:16]
     folder = cache_home() / "kernels" / key
     if not folder.exists():
-        log.warning("Compiling for this machine's CPU, once: some seconds.")
+        log.warning("Compiling for this machine's CPU, once: up to a minute in all.")
         _remove_old(folder.parent)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = folder.stat()
