@@ -38,7 +38,7 @@ def done(tmp_path_factory):
 def test_every_figure_is_the_one_in_the_file_it_names(done):
     results = json.loads((done / "evaluation.json").read_text())
     figures = [m for s in results["sections"] for m in s["metrics"]]
-    assert len(figures) == 12
+    assert len(figures) == 14
     for figure in figures:
         name, _, pointer = figure["source"].partition("#/")
         found = json.loads((done / name).read_text())
@@ -52,9 +52,20 @@ def test_figures_follow_from_their_records(done):
     for key in ("reward_accuracy", "implicit_accuracy", "length_accuracy"):
         margins = np.array(list(measured[key]["values"].values()))
         assert measured[key]["value"] == pytest.approx(float((0.5 + 0.5 * np.sign(margins)).mean()))
-    for key in ("kl", "length_before", "reward_gain", "reinforced_gain"):
+    for key in ("kl", "length_before", "length_sft", "sft_gain", "reward_gain", "reinforced_gain"):
         assert measured[key]["value"] == pytest.approx(np.mean(list(measured[key]["values"].values())), abs=1e-5)
     assert measured["kl"]["value"] >= 0
+
+
+def test_dpo_and_reinforcement_learning_are_compared_with_where_they_began(done):
+    """Compared with the model before all stages, what SFT changed would be laid at their door."""
+    assert json.loads((done / "rloo/run.json").read_text())["config"]["model"].endswith("sft/final")
+    results = json.loads((done / "evaluation.json").read_text())
+    shown = {m["source"].split("/")[1]: m for s in results["sections"] for m in s["metrics"]}
+    measured = {key: json.loads((done / "measurements.json").read_text())[key]["values"] for key in ("sft_gain", "reward_gain")}
+    for row, both in zip(results["generations"], zip(*(v.values() for v in measured.values()), strict=True), strict=True):
+        assert row["scores"]["after"] - row["scores"]["before"] == pytest.approx(sum(both), abs=2e-3)
+    assert "SFT" in shown["reward_gain"]["name"] and "SFT" in shown["reinforced_gain"]["name"]
 
 
 def test_no_held_out_prompt_was_trained_on(done):

@@ -107,7 +107,7 @@ def _evaluate(output: Path, base: Path, console: Console) -> dict[str, Any]:
     logps: dict[str, Values] = {}
     chosen_logps: dict[str, Values] = {}
     written: dict[str, list[Generated]] = {}
-    with meter(console, "evaluation", 9) as shown:
+    with meter(console, "evaluation", 10) as shown:
         done = 0
         for name, path in models.items():
             model = _language_model(path)
@@ -117,10 +117,9 @@ def _evaluate(output: Path, base: Path, console: Console) -> dict[str, Any]:
                 logps[name] = response_values(model, held.trees)
                 chosen_logps[name] = [v[[int(np.argmax(t.scores))]] for v, t in zip(logps[name], held.trees, strict=True)]
             shown.at(done := done + 1)
-            if name != "sft":
-                prompts = [held.examples[i].prompt for i in unique]
-                written[name] = generate(model, tokenizer, prompts, max_new_tokens=plan.NEW_TOKENS)
-                shown.at(done := done + 1)
+            prompts = [held.examples[i].prompt for i in unique]
+            written[name] = generate(model, tokenizer, prompts, max_new_tokens=plan.NEW_TOKENS)
+            shown.at(done := done + 1)
             if name == "after":
                 drawn = generate(model, tokenizer, prompts, max_new_tokens=plan.NEW_TOKENS, temperature=1.0, seed=0)
                 samples = [g.tree() for g in drawn]

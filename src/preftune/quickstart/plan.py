@@ -67,7 +67,7 @@ PLAN = (
         "rloo",
         "sft/final",
         {
-            "lr": 1e-4,
+            "lr": 3e-4,
             "prompts_per_step": 4,
             "rollout.n": 4,
             "rollout.max_new_tokens": 48,

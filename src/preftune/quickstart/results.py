@@ -79,10 +79,10 @@ def results(
         explain = "how surprised the model is by people's preferred responses, per token: lower is better"
         return figure(f"perplexity_{name}", title, ratio, np.exp(nll[name] / tokens), rows, "", explain)
 
-    def gain_figure(key: str, name: str, title: str) -> dict[str, Any]:
+    def gain_figure(key: str, name: str, start: str, title: str) -> dict[str, Any]:
         explain = "of the model's own responses (greedy), by the reward model of stage 2: a proxy for people, not people"
-        gained = scores[name] - scores["before"]
-        return figure(key, title, paired_difference_ci(scores[name], scores["before"]), gained, places, "", explain)
+        gained = scores[name] - scores[start]
+        return figure(key, title, paired_difference_ci(scores[name], scores[start]), gained, places, "", explain)
 
     def length_figure(name: str, words: str) -> dict[str, Any]:
         title, explain = f"Response length {words}", f"of its own responses (greedy), cut at {plan.NEW_TOKENS}"
@@ -127,6 +127,7 @@ def results(
             perplexity_figure("sft", "Perplexity after SFT"),
             perplexity_figure("after", "Perplexity after DPO"),
             length_figure("before", "before"),
+            length_figure("sft", "after SFT"),
             length_figure("after", "after DPO"),
             length_figure("rl", "after reinforcement learning"),
             figure(
@@ -138,8 +139,9 @@ def results(
                 "nats",
                 "how far DPO moved from the SFT model, per response of its own drawn at temperature 1",
             ),
-            gain_figure("reward_gain", "after", "Reward-model score, after DPO minus before"),
-            gain_figure("reinforced_gain", "rl", "Reward-model score, after reinforcement learning minus before"),
+            gain_figure("sft_gain", "sft", "before", "Reward-model score, after SFT minus before"),
+            gain_figure("reward_gain", "after", "sft", "Reward-model score, DPO minus its start, SFT"),
+            gain_figure("reinforced_gain", "rl", "sft", "Reward-model score, reinforcement learning minus its start, SFT"),
         ),
     ]
     replace_file(output / "measurements.json", json.dumps(measured, indent=1, ensure_ascii=False).encode())

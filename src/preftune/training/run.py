@@ -212,7 +212,7 @@ class Run:
                 self.log_step(step, time.monotonic() - start)
                 self.progress.evaluation_due = self.position.step == total or _passed(config.eval_every, before, self.position.step)
                 self._guard(step)
-                shown.at(self.position.step, f"loss {step.loss:.4f}, {step.tokens / max(1e-9, time.monotonic() - start):.0f} tok/s")
+                shown.at(self.position.step, f"loss {step.loss:z.4f}, {step.tokens / max(1e-9, time.monotonic() - start):.0f} tok/s")
                 self._settle(total, before)
                 if world.any(self.stop.requested is not None):
                     self.save()
