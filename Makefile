@@ -23,7 +23,7 @@ quickstart: $(STAMP) ## SFT, reward model, DPO and evaluation on a bundled model
 	$(BIN)/preftune quickstart
 
 test: $(STAMP) ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile
 
 lint: $(STAMP) ## Style, types
 	$(BIN)/ruff check .
