@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -364,6 +366,30 @@ def test_without_a_place_to_keep_code_it_is_compiled_for_the_run(tmp_path, monke
     code = "import torch; from preftune.kernels import find; x = torch.ones(2, 32); print(find('pointwise').silu_gated(x, x)[1, 5].item())"
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
     assert float(done.stdout) == pytest.approx(0.7310586)
+
+
+def test_threads_that_compile_at_once_keep_code_in_the_users_folder_alone(monkeypatch):
+    """Code of one landed in the current folder when the other had ended and set numba's setting back."""
+    from preftune.kernels import launch
+
+    numba, before = launch.numba, launch.numba.config.CACHE_DIR
+    where = {}
+
+    def cfunc(*given, **options):
+        def compile_slowly(seconds):
+            time.sleep(seconds)
+            where[seconds] = numba.config.CACHE_DIR
+
+        return compile_slowly
+
+    monkeypatch.setattr(numba, "cfunc", cfunc)
+    monkeypatch.setattr(launch, "_folder", lambda: "the user's")
+    threads = [threading.Thread(target=launch._compiled, args=(seconds,)) for seconds in (0.05, 0.3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert where == {0.05: "the user's", 0.3: "the user's"} and before == numba.config.CACHE_DIR
 
 
 OPEN_TO_ALL = """

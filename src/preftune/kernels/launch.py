@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,16 +147,21 @@ def _openmp() -> tuple[Any, tuple[int, int, int]]:
     raise OSError("PyTorch does not bring GNU OpenMP")
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Where numba keeps code is a setting of the process: set back while another thread compiles, code would lie in the current folder."""
+
+
 def _compiled(function: Callable[[int], None]) -> Any:
-    kept = numba.config.CACHE_DIR
-    try:
-        numba.config.CACHE_DIR = _folder()
-        return numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(function)
-    except Exception as error:  # no room, no right to write, or a file that something else has damaged: seconds lost, nothing more
-        log.info("a kernel is compiled for this run alone: %s", error)
-        return numba.cfunc(_SIGNATURE, **_OPTIONS)(function)
-    finally:
-        numba.config.CACHE_DIR = kept
+    with _ONE_AT_A_TIME:
+        kept = numba.config.CACHE_DIR
+        try:
+            numba.config.CACHE_DIR = _folder()
+            return numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(function)
+        except Exception as error:  # no room, no right to write, or a file that something else has damaged: seconds lost, nothing more
+            log.info("a kernel is compiled for this run alone: %s", error)
+            return numba.cfunc(_SIGNATURE, **_OPTIONS)(function)
+        finally:
+            numba.config.CACHE_DIR = kept
 
 
 @functools.cache
